@@ -1,0 +1,211 @@
+"""A dataset's name to its pictures, and batches of them on the device."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.transforms.functional import resize
+
+from augment import random_flip, random_resized_crop
+from errors import UserError
+from folders import find_splits, read_folder
+from seeding import seed_for
+from shapes import CLASSES, make_shapes
+
+DATASETS = ("cifar10", "cifar100", "shapes", "folder")
+
+
+class Split(NamedTuple):
+    pictures: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+    names: np.ndarray  # (N,) file names, or indices in the dataset as it was published
+
+    def pick(self, indices):
+        return Split(self.pictures[indices], self.labels[indices], self.names[indices])
+
+
+class Dataset(NamedTuple):
+    name: str
+    classes: list[str]
+    train: Split
+    val: Split | None
+    test: Split
+    mean: list[float]  # of the training pictures, a channel each, as fractions of 255
+    std: list[float]
+
+    def data_hash(self):
+        """SHA-256 of the training labels and pixels."""
+        digest = hashlib.sha256(self.train.labels.numpy().tobytes())
+        digest.update(self.train.pictures.numpy())
+        return digest.hexdigest()
+
+
+def count_classes(name, data_dir):
+    """How many classes a dataset has, before its pictures are read."""
+    return (
+        len(find_splits(Path(data_dir))[0])
+        if name == "folder"
+        else {"cifar10": 10, "cifar100": 100, "shapes": 10}[name]
+    )
+
+
+def load_dataset(
+    name, *, data_dir, image_size, val_fraction=0.0, test_fraction=0.2, split_seed=0, cache_dir=None, dataset_name=None
+):
+    """The pictures of a dataset, resized to image_size x image_size, as a Dataset.
+
+    val_fraction of the training pictures are split off by class and split_seed, and so is test_fraction of a folder
+    that has no split of its own. Raises UserError where pictures are missing or cannot be read.
+    """
+    if name == "folder":
+        classes, splits = read_folder(Path(data_dir), image_size, cache_dir)
+        name = dataset_name or Path(data_dir).resolve().name
+    else:
+        classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
+        name = dataset_name or name
+    splits = {
+        key: Split(resized(p, image_size), torch.as_tensor(y), np.asarray(n)) for key, (p, y, n) in splits.items()
+    }
+    if "all" in splits:
+        test, train = split_by_class(
+            splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
+        )
+        splits = {"train": train, "test": test}
+    if val_fraction:
+        if "val" in splits:
+            raise UserError(f"--val-fraction {val_fraction}: {data_dir} has validation pictures of its own in val/")
+        splits["val"], splits["train"] = split_by_class(
+            splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
+        )
+    mean, std = channel_statistics(splits["train"].pictures)
+    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
+
+
+def read_shapes(name, data_dir):
+    sets = {split: make_shapes(split) for split in ("train", "val", "test")}
+    return CLASSES, {split: (s.pictures, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
+
+
+def read_cifar(name, data_dir):
+    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    splits = {}
+    for split in ("train", "test"):
+        try:
+            try:
+                found = dataset(data_dir, train=split == "train")
+            except RuntimeError:  # not there, or its checksums are wrong
+                found = dataset(data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
+                f"put {dataset.filename} or its folder {dataset.base_folder} there, or say where it is by --data-dir"
+            ) from error
+        pictures = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        splits[split] = (pictures, found.targets, np.arange(len(pictures)))
+    return found.classes, splits
+
+
+def resized(pictures, size):
+    """Pictures (N, 3, H, W) uint8 at size x size, with antialiasing."""
+    if pictures.shape[2:] == (size, size):
+        return pictures
+    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in pictures.split(1000)])
+
+
+def split_by_class(split, fraction, classes, *, seed, flag):
+    """Two Splits, the first with `fraction` of every class (at least one picture), the second with the rest."""
+    rng = np.random.default_rng(seed)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (split.labels == label).nonzero()[:, 0].numpy()
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(f"{flag} {fraction} leaves no training picture of class {name}, which has {len(members)}")
+        chosen[rng.permutation(members)[:count]] = True
+    return split.pick(chosen), split.pick(~chosen)
+
+
+def channel_statistics(pictures):
+    """Mean and standard deviation of each channel of (N, 3, H, W) uint8, over all pixels, as fractions of 255."""
+    total, squares = torch.zeros(2, 3, dtype=torch.int64)
+    for chunk in pictures.split(1000):
+        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
+        total += chunk.sum(1)
+        squares += (chunk * chunk).sum(1)
+    count = pictures.numel() / 3
+    mean = total.double() / count
+    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is left as it is
+    return (mean / 255).tolist(), (std / 255).tolist()
+
+
+def describe(dataset):
+    """A line a split: how many pictures, and how many of each class."""
+    lines = []
+    for key in ("train", "val", "test"):
+        if split := getattr(dataset, key):
+            counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
+            if len(set(counts)) == 1:
+                each = f"{counts[0]:,} of each of {len(counts)} classes"
+            else:
+                each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts))
+            lines.append(f"{key:6}{len(split.labels):7,} pictures: {each}")
+    return "\n".join(lines)
+
+
+class Batches:
+    """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (pictures, labels).
+
+    Pictures come as (B, 3, H, W) float, normalised; labels as (B,) int64. All pictures lie on the device as uint8.
+    With a seed, the order follows from (seed, epoch), and transform(pictures, generator) is applied to the uint8
+    pictures with a generator that follows from (seed, epoch, step); without one they come in order, as they are.
+    """
+
+    def __init__(self, split, *, batch_size, mean, std, device, seed=None, transform=None):
+        self.pictures, self.labels = split.pictures.to(device), split.labels.to(device)
+        self.mean = 255 * torch.tensor(mean, device=device)[:, None, None]
+        self.std = 255 * torch.tensor(std, device=device)[:, None, None]
+        self.batch_size, self.device, self.seed, self.transform = batch_size, device, seed, transform
+        self.steps_per_epoch = -(-len(self.labels) // batch_size)
+
+    def batches(self, epoch=0, start_step=0):
+        generator = torch.Generator()
+        order = torch.arange(len(self.labels))
+        if self.seed is not None:
+            order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+        order = order.to(self.device)
+        for step in range(start_step, self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            pictures = self.pictures[chosen]
+            if self.transform:
+                generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
+                pictures = self.transform(pictures, generator)
+            yield (pictures.float() - self.mean) / self.std, self.labels[chosen]
+
+
+def flip_and_crop(pictures, generator, *, hflip, scale, ratio):
+    """The ViT report's two transforms: a horizontal flip with probability hflip, then a random resized crop."""
+    pictures = random_flip(pictures, generator, p=hflip)
+    return random_resized_crop(pictures, generator, scale=scale, ratio=ratio)
+
+
+def training_batches(dataset, args, device):
+    """Batches of the training pictures, shuffled, flipped and cropped as the flags say."""
+    transform = partial(flip_and_crop, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
+    return Batches(
+        dataset.train,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        seed=args.seed,
+        transform=transform,
+    )
+
+
+def evaluation_batches(dataset, split, device):
+    """Batches of a Split in order, as they are; large ones, since no gradient is kept."""
+    return Batches(split, batch_size=256, mean=dataset.mean, std=dataset.std, device=device)

@@ -1,0 +1,26 @@
+"""Files that are written in one piece."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from errors import UserError
+
+
+def write_atomically(path, write):
+    """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
+
+    Raises UserError where the file cannot be written; what stood at path stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error

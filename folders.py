@@ -1,0 +1,160 @@
+"""A folder of class folders to pictures, decoded by all cores, once."""
+
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from errors import UserError
+from files import write_atomically
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_splits(root):
+    """(names of the class folders, {split: folder}) of a folder of class folders, or of one that holds train/ and others.
+
+    The splits are train/, val/ and test/ where root has train/, else the single one "all". A val/ without a test/ is
+    the test set, as with ImageNet and its children. Raises UserError for a folder that cannot be used.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder")
+    folders = {"all": root}
+    if (root / "train").is_dir() and subfolders(root / "train"):
+        folders = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()}
+        if "test" not in folders:
+            if "val" not in folders:
+                raise UserError(f"--data-dir {root}: it has train/, but no test/ or val/ beside it")
+            folders["test"] = folders.pop("val")
+    names = subfolders(next(iter(folders.values())))
+    for folder in folders.values():
+        if odd := sorted(set(names) ^ set(subfolders(folder))):
+            raise UserError(f"--data-dir {root}: the classes of train/ and {folder.name}/ differ by {', '.join(odd)}")
+    if len(names) < 2:
+        found = f"one class folder ({names[0]})" if names else "no class folder"
+        raise UserError(f"--data-dir {root}: it has {found}, and needs two at least")
+    return names, folders
+
+
+def read_folder(root, image_size, cache_dir=None):
+    """(class names, {split: (pictures (N, 3, S, S) uint8, labels (N,), file names)}), the splits being those of find_splits.
+
+    Pictures are turned upright by their EXIF tag, scaled until the short side fits, and cut to the centre square.
+    Raises UserError for a folder that cannot be used and a file that cannot be decoded.
+    """
+    class_folders, folders = find_splits(root)
+    files = [
+        (split, label, entry)
+        for split, folder in folders.items()
+        for label, name in enumerate(class_folders)
+        for entry in pictures_in(folder / name)
+    ]
+    names = readable_names(root, class_folders)
+    pictures = cached_pictures(root, files, image_size, cache_dir)
+    splits = {}
+    for split in folders:
+        rows = [row for row, file in enumerate(files) if file[0] == split]
+        paths = [Path(files[row][2][0]).relative_to(root).as_posix() for row in rows]
+        splits[split] = pictures[rows[0] : rows[-1] + 1], [files[row][1] for row in rows], paths
+    return names, splits
+
+
+def subfolders(folder):
+    return sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__"))
+    )
+
+
+def pictures_in(folder):
+    """(path, size, time of change) of every picture below a folder, sorted. Raises UserError where there is none."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                path = os.path.join(parent, name)
+                status = os.stat(path)
+                found.append((path, status.st_size, status.st_mtime_ns))
+    if not found:
+        raise UserError(f"{folder} holds no picture ({', '.join(EXTENSIONS)})")
+    return sorted(found)
+
+
+def readable_names(root, class_folders):
+    """Class names, from classes.txt in root where there is one: a line a class, the folder's name and then a readable one."""
+    path = root / "classes.txt"
+    if not path.exists():
+        return class_folders
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = {line[0]: line[-1].strip() for line in lines}
+    if missing := [name for name in class_folders if name not in names]:
+        raise UserError(
+            f"{path} does not name {', '.join(missing)}: it has a line a class, the folder and then its name"
+        )
+    return [names[name] for name in class_folders]
+
+
+def decode_picture(path, size):
+    """One picture as (3, size, size) uint8."""
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (size, size))  # lets a large JPEG be decoded at a fraction of its size
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            if picture.size != (size, size):
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be decoded as a picture ({error})") from error
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def decode_pictures(paths, size):
+    """Pictures (N, 3, size, size) uint8, decoded by all cores behind a progress bar."""
+    pictures = np.empty((len(paths), 3, size, size), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(partial(decode_picture, size=size), paths)
+        try:
+            quiet = None if "ipykernel" not in sys.modules else False  # None: no bar where stderr is no terminal
+            for row, picture in enumerate(tqdm(decoded, "decoding", len(paths), disable=quiet)):
+                pictures[row] = picture
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return pictures
+
+
+def default_cache_dir():
+    """The user's cache folder, as the operating system has it."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(base).expanduser() / "small-picture-attention"
+
+
+def cached_pictures(root, files, image_size, cache_dir):
+    """The decoded pictures of `files`, from the cache while no path, size or time of change differs; a torch tensor."""
+    listing = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    key = hashlib.sha256(f"{root.resolve()} {image_size}".encode()).hexdigest()[:16]
+    cache = Path(cache_dir or default_cache_dir()) / f"{root.resolve().name}-{image_size}px-{key}.npz"
+    try:
+        with np.load(cache) as saved:
+            if saved["listing"] == listing:
+                return torch.from_numpy(saved["pictures"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none, or it is damaged: decode anew
+    pictures = decode_pictures([path for _, _, (path, _, _) in files], image_size)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, lambda file: np.savez(file, listing=listing, pictures=pictures))
+    except (OSError, UserError) as error:
+        print(f"warning: {cache.parent} keeps no cache, so that the next start decodes again: {error}", file=sys.stderr)
+    return torch.from_numpy(pictures)

@@ -1,0 +1,16 @@
+"""What is trained: one table from a name to a model."""
+
+from errors import UserError
+from models.vit import VisionTransformer
+
+MODELS = {"vit": VisionTransformer}
+
+
+def build_model(name, num_classes=10, **model_args):
+    """The model of that name, freshly initialised; model_args are its constructor's keyword arguments.
+
+    Raises UserError for an unknown name, and what the constructor raises.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: there are {', '.join(MODELS)}")
+    return MODELS[name](num_classes=num_classes, **model_args)

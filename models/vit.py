@@ -1,0 +1,56 @@
+"""The Vision Transformer of the CIFAR-10 report."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.attention import Block
+from models.patches import patch_grid, to_patches
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al. 2021) as the report builds it: pictures (B, C, H, W) to logits (B, num_classes).
+
+    image_size is a number of pixels or (height, width); pad fills pictures that patches do not divide with zeros at the
+    right and the bottom. `grid` is (rows, columns) of patches. The defaults have 3,195,146 parameters.
+    Raises UserError for sizes that do not divide (see patch_grid, MultiHeadAttention).
+    """
+
+    no_weight_decay = ("cls_token", "pos_embed")
+
+    def __init__(
+        self,
+        *,
+        image_size=32,
+        patch_size=4,
+        in_channels=3,
+        num_classes=10,
+        embed_dim=256,
+        depth=6,
+        num_heads=8,
+        mlp_ratio=2.0,
+        drop=0.2,
+        pad=False,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.grid = patch_grid((height, width), patch_size, pad=pad)
+        self.patch_size = patch_size
+        self.padding = (0, self.grid[1] * patch_size - width, 0, self.grid[0] * patch_size - height)
+        num_patches = self.grid[0] * self.grid[1]
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, embed_dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, num_patches + 1, embed_dim))
+        self.drop = nn.Dropout(drop)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, pictures):
+        pictures = F.pad(pictures, self.padding)
+        x = self.patch_embed(to_patches(pictures, self.patch_size))  # (B, N, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
+        x = self.drop(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))  # (B, num_classes)

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from errors import UserError
+from models.attention import Block, MultiHeadAttention, attend, explicit_attention
+
+
+def test_explicit_and_fused_agree():
+    q, k, v = torch.randn(3, 2, 4, 65, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(explicit_attention(q, k, v), scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-5)
+
+
+def test_attend_gives_the_same_with_and_without_gradients():
+    q, k, v = torch.randn(3, 2, 4, 65, 32, generator=torch.Generator().manual_seed(0))
+    fused = attend(q, k, v)
+    torch.testing.assert_close(attend(q.requires_grad_(), k, v), fused, rtol=0, atol=1e-5)
+
+
+def test_attention_is_scaled_by_the_width_of_a_head():
+    """softmax(q kᵀ / √d) v by hand: with the whole width for d it would differ by far more than 1e-12."""
+    q, k, v = torch.randn(3, 1, 2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / 8**0.5
+    expected = torch.einsum("bhnm,bhmd->bhnd", scores.softmax(-1), v)
+    torch.testing.assert_close(explicit_attention(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_equals_torchs_multihead_attention_and_starts_like_it():
+    torch.manual_seed(3)
+    reference = nn.MultiheadAttention(48, 4, batch_first=True)
+    torch.manual_seed(3)
+    ours = MultiHeadAttention(48, 4)
+    bound = (6 / (48 + 3 * 48)) ** 0.5  # Xavier-uniform over the stacked weight
+    for weight in (reference.in_proj_weight, ours.qkv.weight):
+        assert weight.abs().max() <= bound and abs(weight.std() - bound / 3**0.5) < 0.02 * bound
+    assert ours.qkv.bias.abs().max() == ours.proj.bias.abs().max() == 0
+    assert reference.in_proj_bias.abs().max() == reference.out_proj.bias.abs().max() == 0
+
+    ours.qkv.load_state_dict({"weight": reference.in_proj_weight, "bias": reference.in_proj_bias})
+    ours.proj.load_state_dict(reference.out_proj.state_dict())
+    x = torch.randn(2, 7, 48)
+    torch.testing.assert_close(ours(x), reference(x, x, x)[0], rtol=0, atol=1e-5)
+
+
+def test_block_equals_torchs_pre_norm_encoder_layer():
+    torch.manual_seed(0)
+    reference = nn.TransformerEncoderLayer(
+        32, 4, dim_feedforward=64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    ours = Block(32, 4, mlp_ratio=2.0)
+    ours.load_state_dict(
+        {
+            **{f"norm1.{name}": value for name, value in reference.norm1.state_dict().items()},
+            **{f"norm2.{name}": value for name, value in reference.norm2.state_dict().items()},
+            "attn.qkv.weight": reference.self_attn.in_proj_weight,
+            "attn.qkv.bias": reference.self_attn.in_proj_bias,
+            "attn.proj.weight": reference.self_attn.out_proj.weight,
+            "attn.proj.bias": reference.self_attn.out_proj.bias,
+            "mlp.0.weight": reference.linear1.weight,
+            "mlp.0.bias": reference.linear1.bias,
+            "mlp.3.weight": reference.linear2.weight,
+            "mlp.3.bias": reference.linear2.bias,
+        }
+    )
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(x), reference(x), rtol=0, atol=1e-5)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(UserError, match="--embed-dim 30 is not divisible by --num-heads 8"):
+        MultiHeadAttention(30, 8)

@@ -1,0 +1,108 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from errors import UserError
+from files import write_atomically
+from training.checkpoint import FORMAT_VERSION, load_checkpoint, open_checkpoint, save_checkpoint
+
+
+def small_checkpoint(epoch=1):
+    row = {"epoch": epoch, "val_accuracy": None, "test_accuracy": 0.25}
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": "vit",
+        "epoch": epoch,
+        "step": 3,
+        "history": [row],
+        "weights": {"w": torch.arange(100_000.0)},
+    }
+
+
+def test_it_comes_back_and_the_one_before_is_kept(tmp_path, capsys):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last.pt", small_checkpoint(epoch))
+    assert torch.equal(load_checkpoint(tmp_path)["weights"]["w"], torch.arange(100_000.0))
+    assert f"{tmp_path / 'last.pt'}: vit, epoch 2, step 3, test 25.00%" in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "last.prev.pt")["epoch"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["last.prev.pt", "last.pt"]
+
+
+def test_every_flipped_bit_in_the_weights_is_found(tmp_path):
+    """torch.load itself reads such a file without a word."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, small_checkpoint())
+    data = bytearray(path.read_bytes())
+    start = bytes(data).index(torch.arange(100_000.0).numpy().tobytes()[4:400])
+    for offset in (0, 1234, 399_000):
+        damaged = bytearray(data)
+        damaged[start + offset] ^= 1 << 4
+        path.write_bytes(damaged)
+        assert torch.load(path, weights_only=True)["epoch"] == 1
+        with pytest.raises(UserError, match="last.pt is damaged"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 5000])
+def test_a_damaged_last_is_replaced_by_the_one_before_with_a_warning_that_names_both(tmp_path, capsys, cut):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last.pt", small_checkpoint(epoch))
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:cut])
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+    warning = capsys.readouterr().err
+    assert "warning:" in warning and str(tmp_path / "last.pt") in warning and str(tmp_path / "last.prev.pt") in warning
+    (tmp_path / "last.prev.pt").unlink()
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_killed_between_the_two_renames(tmp_path):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last.pt", small_checkpoint(epoch))
+    (tmp_path / "last.pt").unlink()
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def test_a_file_from_a_stranger_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": RunsCode()}, "evil.pt")
+    with open("older.pt", "wb") as file:
+        pickle.dump({"weights": RunsCode()}, file)
+    for name in ("evil.pt", "older.pt"):
+        with pytest.raises(UserError, match=f"{name} is "):
+            open_checkpoint(name)
+    assert not os.path.exists("code-was-run")
+    torch.load("evil.pt", weights_only=False)
+    assert os.path.exists("code-was-run")  # the file would have
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    for name in ("list.pt", "other.pt"):
+        with pytest.raises(UserError, match="no checkpoint of this project"):
+            open_checkpoint(tmp_path / name)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="there is no checkpoint .*best.pt"):
+        load_checkpoint(tmp_path, which="best")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("old")
+
+    def disk_is_full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="log.csv cannot be written .No space left"):
+        write_atomically(path, disk_is_full)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["log.csv"]

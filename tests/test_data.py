@@ -1,0 +1,111 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from data import Batches, Split, count_classes, describe, load_dataset, split_by_class
+from errors import UserError
+
+
+def numbered_split(count=50, classes=5):
+    """Pictures whose pixels all hold their own index."""
+    pictures = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    return Split(pictures.contiguous(), torch.arange(count) % classes, np.arange(count))
+
+
+def indices_of(pictures):
+    return pictures[:, 0, 0, 0].round().int().tolist()
+
+
+def plain_batches(split, **options):
+    """Batches that are not normalised, so that a pixel is still its picture's index."""
+    return Batches(split, mean=[0, 0, 0], std=[1 / 255] * 3, device="cpu", **options)
+
+
+def test_cifar10_as_published(cifar10_dir):
+    dataset = load_dataset("cifar10", data_dir=cifar10_dir, image_size=32)
+    assert len(dataset.train.labels) == 50_000 and len(dataset.test.labels) == 10_000 and dataset.val is None
+    assert dataset.classes[3] == "cat" and dataset.train.labels.bincount().tolist() == [5000] * 10
+    assert dataset.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+    assert dataset.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)  # and not 0.2023, 0.1994, 0.2010
+    reference = torchvision.datasets.CIFAR10(cifar10_dir, train=False)
+    pixels = np.asarray(reference[7][0]).transpose(2, 0, 1)
+    assert np.array_equal(dataset.test.pictures[7].numpy(), pixels) and dataset.test.labels[7] == reference[7][1]
+    assert "train  50,000 pictures: 5,000 of each of 10 classes" in describe(dataset)
+    assert count_classes("cifar10", cifar10_dir) == len(dataset.classes)
+
+
+def test_cifar100_is_read_as_torchvision_has_it(tmp_path, monkeypatch):
+    """The official files are not at hand: torchvision's class is replaced by one that holds a few pictures."""
+
+    class FewPictures:
+        def __init__(self, root, train):
+            self.data = np.full((4 if train else 2, 32, 32, 3), [10, 20, 30], np.uint8)
+            self.targets = [0, 1] * (2 if train else 1)
+            self.classes = ["apple", "bear"]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", FewPictures)
+    dataset = load_dataset("cifar100", data_dir=tmp_path, image_size=32)
+    assert dataset.train.pictures[0, :, 5, 5].tolist() == [10, 20, 30] and dataset.train.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_no_network_names_the_file_and_the_folder(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.utils.urllib.request, "urlopen", no_network)
+    message = re.escape(f"cifar10 is not in {tmp_path} and cannot be downloaded")
+    with pytest.raises(UserError, match=message + ".*no route to host.*cifar-10-python.tar.gz.*--data-dir"):
+        load_dataset("cifar10", data_dir=tmp_path, image_size=32)
+
+
+def test_shapes_and_resizing():
+    dataset = load_dataset("shapes", data_dir=None, image_size=16)
+    assert dataset.train.pictures.shape == (20_000, 3, 16, 16) and len(dataset.val.labels) == 2000
+    expected = dataset.train.pictures.double().div(255)
+    assert dataset.mean == pytest.approx(expected.mean((0, 2, 3)).tolist(), abs=1e-9)
+    assert dataset.std == pytest.approx(expected.transpose(0, 1).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
+
+
+def test_split_by_class_takes_the_same_share_of_every_class_and_depends_on_its_seed_alone():
+    split = numbered_split()
+    names = list("abcde")
+    first, rest = split_by_class(split, 0.2, names, seed=(0, 1), flag="--val-fraction")
+    assert first.labels.bincount().tolist() == [2] * 5 and rest.labels.bincount().tolist() == [8] * 5
+    assert sorted([*first.names, *rest.names]) == list(range(50))
+    assert indices_of(first.pictures) == first.names.tolist()
+    again, _ = split_by_class(split, 0.2, names, seed=(0, 1), flag="--val-fraction")
+    other, _ = split_by_class(split, 0.2, names, seed=(1, 1), flag="--val-fraction")
+    assert again.names.tolist() == first.names.tolist() != other.names.tolist()
+    with pytest.raises(UserError, match="--val-fraction 0.97 leaves no training picture of class a, which has 10"):
+        split_by_class(split, 0.97, names, seed=(0, 1), flag="--val-fraction")
+
+
+def test_an_epoch_sees_every_picture_once_in_an_order_that_follows_from_seed_and_epoch():
+    batches = plain_batches(numbered_split(), batch_size=8, seed=3)
+    assert batches.steps_per_epoch == 7
+    epochs = [[indices_of(pictures) for pictures, _ in batches.batches(epoch)] for epoch in (0, 1, 0)]
+    assert [len(batch) for batch in epochs[0]] == [8] * 6 + [2]
+    assert sorted(sum(epochs[0], [])) == list(range(50))
+    assert epochs[0] == epochs[2] != epochs[1]
+    other_seed = plain_batches(numbered_split(), batch_size=8, seed=4)
+    assert [indices_of(pictures) for pictures, _ in other_seed.batches(0)] != epochs[0]
+
+
+def test_starting_inside_an_epoch_gives_the_rest_of_it_with_the_same_augmentation():
+    def noise(pictures, generator):
+        return pictures + torch.randint(0, 100, pictures.shape, generator=generator, dtype=torch.uint8)
+
+    batches = plain_batches(numbered_split(), batch_size=8, seed=3, transform=noise)
+    whole = list(batches.batches(5))
+    for (pictures, labels), (same, same_labels) in zip(whole[4:], batches.batches(5, start_step=4), strict=True):
+        assert torch.equal(pictures, same) and torch.equal(labels, same_labels)
+
+
+def test_pictures_are_normalised_by_mean_and_std_of_training():
+    split = Split(torch.full((4, 3, 2, 2), 51, dtype=torch.uint8), torch.zeros(4).long(), np.arange(4))
+    batches = Batches(split, batch_size=4, mean=[0.1, 0.2, 0.4], std=[0.5, 0.25, 0.1], device="cpu")
+    pictures, _ = next(batches.batches())
+    assert pictures[0, :, 0, 0].tolist() == pytest.approx([0.2, 0.0, -2.0], abs=1e-6)

@@ -1,0 +1,350 @@
+"""train_vit.py from end to end: what it writes, how it is stopped and resumed, and what it says to a user's mistake."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, error_line, run_train_vit, same_weights, write_pictures
+from PIL import Image
+
+import models.vit
+import train_vit
+from errors import UserError
+from models import build_model
+from training.checkpoint import load_checkpoint, rebuild_model
+from training.interrupt import Interrupted, Watch
+
+
+def test_a_run_writes_what_it_promises(folder_flags, tmp_path, capsys):
+    result = train_vit.main([*folder_flags, "--val-fraction", "0.25", "--save-epochs", "1"])
+    folder = tmp_path / "runs" / "vit"
+    assert {path.name for path in folder.iterdir()} == {
+        *(
+            "last.pt",
+            "last.prev.pt",
+            "best.pt",
+            "epoch-1.pt",
+            "log.csv",
+            "curves.png",
+            "predictions.npz",
+            "result.json",
+        ),
+        "split.csv",
+    }
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["dataset_name"] == "pets" and result["pictures"] == {"train": 36, "val": 12, "test": 12}
+    assert result["recipe"] == "report" and result["args"]["lr"] == 5e-4 and "data_dir" not in result["args"]
+    assert result["epochs"] == 2 and result["device"] and result["torch"] == torch.__version__
+    assert len(result["data_hash"]) == 64 and result["test_accuracy_at_best_val"] is not None
+
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert (
+        len(rows) == 2 and float(rows[1]["val_accuracy"]) == result["val_accuracy"] and rows[1]["test_accuracy"] == ""
+    )
+    with np.load(folder / "predictions.npz") as saved:
+        assert (saved["logits"].argmax(1) == saved["labels"]).mean() == pytest.approx(result["test_accuracy"])
+        assert saved["names"][0].startswith("ant/") and saved["classes"].tolist() == ["ant", "bee", "cat"]
+    split = list(csv.DictReader((folder / "split.csv").open()))
+    assert len(split) == 60 and {row["split"] for row in split} == {"train", "val", "test"}
+    assert Image.open(folder / "curves.png").size == (1200, 480)
+    assert (folder / "last.pt").stat().st_size > 10_000
+
+    out = capsys.readouterr().out
+    assert out.startswith("recipe report: folder, 2 epochs, batch 8, lr 0.0005, multistep")
+    assert "65 tokens" in out and "expected end:" in out and f"python rollout.py {folder}" in out
+    assert all(str(path) in out for path in folder.iterdir())
+
+
+def test_without_validation_the_test_set_is_looked_at_and_chooses_nothing(folder_flags, tmp_path, capsys):
+    result = train_vit.main(folder_flags)
+    folder = tmp_path / "runs" / "vit"
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert float(rows[-1]["test_accuracy"]) == result["test_accuracy"] and result["test_accuracy_at_best_val"] is None
+    assert result["best_on_test"] == max(float(row["test_accuracy"]) for row in rows)
+    assert (folder / "best_on_test.pt").exists() and not (folder / "best.pt").exists()
+    assert "no result" in capsys.readouterr().out
+
+
+def test_what_was_saved_can_be_loaded_and_gives_the_same_logits(folder_flags, tmp_path):
+    train_vit.main([*folder_flags, "--amp", "off"])
+    folder = tmp_path / "runs" / "vit"
+    checkpoint = load_checkpoint(folder)
+    model = rebuild_model(checkpoint, build_model)
+    with np.load(folder / "predictions.npz") as saved:
+        logits, names = saved["logits"], saved["names"]
+    pixels = np.asarray(Image.open(tmp_path / "pets" / names[0]).crop((4, 0, 36, 32))).transpose(2, 0, 1)
+    mean, std = (torch.tensor(checkpoint[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        ours = model((torch.tensor(pixels) / 255 - mean)[None] / std)
+    torch.testing.assert_close(ours[0], torch.tensor(logits[0]), rtol=0, atol=1e-5)
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(folder_flags, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(name))
+        torch.rand(ord(name))  # what happened before does not matter
+        train_vit.main([*folder_flags, "--run-name", name, "--seed", str(seed)])
+    runs = tmp_path / "runs"
+    assert same_weights(runs / "a/last.pt", runs / "b/last.pt")
+    assert not same_weights(runs / "a/last.pt", runs / "c/last.pt")
+
+
+def stop_after(monkeypatch, steps, action):
+    """Lets `action` happen after so many steps of training, counted over all epochs."""
+    original, counted = Watch.__call__, []
+
+    def call(watch, steps_done, sums):
+        counted.append(steps_done)
+        if len(counted) == steps:
+            action()
+        return original(watch, steps_done, sums)
+
+    monkeypatch.setattr(Watch, "__call__", call)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 9, 12])
+@pytest.mark.parametrize("sched", ["multistep", "cosine"])
+def test_stopped_anywhere_and_resumed_it_is_the_same_run(folder_flags, tmp_path, monkeypatch, steps, sched):
+    """An epoch has six steps: so after the first, inside, at the end of an epoch, in the next, and at the very end."""
+    flags = [*folder_flags, "--sched", sched, "--val-fraction", "0.1", "--drop", "0.3"]
+    whole = train_vit.main([*flags, "--run-name", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        stop_after(patch, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train_vit.main([*flags, "--run-name", "cut"])
+    assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    checkpoint = torch.load(tmp_path / "runs/cut/last.pt")
+    assert checkpoint["epoch"] * 6 + checkpoint["step"] == steps
+    resumed = train_vit.main(["--resume", str(tmp_path / "runs" / "cut")])
+    assert same_weights(tmp_path / "runs/whole/last.pt", tmp_path / "runs/cut/last.pt")
+    rows = [list(csv.DictReader((tmp_path / "runs" / name / "log.csv").open())) for name in ("whole", "cut")]
+    for key in ("epoch", "lr", "train_loss", "train_accuracy", "val_loss"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_resume_auto_starts_goes_on_and_knows_when_it_is_done(folder_flags, tmp_path, monkeypatch, capsys):
+    flags = [*folder_flags, "--run-name", "cell", "--resume", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train_vit.main(flags)
+    result = train_vit.main(flags)
+    assert result["epochs"] == 2
+    assert train_vit.main(flags) == result and "is finished: test accuracy" in capsys.readouterr().out
+
+
+def test_minutes_stop_it_without_an_error(folder_flags, capsys):
+    assert train_vit.main([*folder_flags, "--minutes", "0.000001"]) is None
+    assert "stopped in epoch 1 after step 1; go on: python train_vit.py --resume" in capsys.readouterr().out
+
+
+def test_patience_ends_a_run_that_does_not_get_better(folder_flags, tmp_path):
+    result = train_vit.main(
+        [*folder_flags, "--epochs", "50", "--val-fraction", "0.1", "--patience", "2", "--lr", "1e-9"]
+    )
+    assert result["epochs"] == 3 and result["args"]["epochs"] == 50
+    with pytest.raises(UserError, match="--patience 2 chooses by validation pictures: --val-fraction"):
+        train_vit.main([*folder_flags, "--patience", "2"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(folder_flags, tmp_path, monkeypatch):
+    original = models.vit.VisionTransformer.forward
+    calls = []
+
+    def forward(self, pictures):
+        calls.append(self.training)
+        return original(self, pictures) * (float("nan") if sum(calls) == 9 else 1)
+
+    monkeypatch.setattr(models.vit.VisionTransformer, "forward", forward)
+    with pytest.raises(UserError, match="the loss is not finite: epoch 2, step 3, learning rate 5e-05"):
+        train_vit.main(folder_flags)
+    checkpoint = torch.load(tmp_path / "runs/vit/last.pt")
+    assert checkpoint["epoch"] == 1 and all(value.isfinite().all() for value in checkpoint["weights"].values())
+
+
+def test_a_bug_keeps_its_traceback(folder_flags, tmp_path):
+    """A ValueError inside a model is no user's mistake."""
+    code = """
+import sys, models.vit, train_vit
+from errors import run_script
+def forward(self, pictures):
+    raise ValueError("planted")
+models.vit.VisionTransformer.forward = forward
+run_script(train_vit.main)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code, *folder_flags], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert process.returncode == 1 and "Traceback" in process.stderr and "ValueError: planted" in process.stderr
+
+
+def test_weight_decay_leaves_vectors_and_embeddings_alone_unless_told(folder_flags, tmp_path):
+    def decays(*flags):
+        train_vit.main([*folder_flags, "--overwrite", "--epochs", "1", *flags])
+        checkpoint = torch.load(tmp_path / "runs/vit/last.pt")
+        return [(group["weight_decay"], len(group["params"])) for group in checkpoint["optimizer"]["param_groups"]]
+
+    total = len(build_model("vit", depth=2).state_dict())
+    matrices = 1 + 2 * 4 + 1  # patch embedding, four a block, head
+    assert decays("--weight-decay", "0.1") == [(0.1, total)]
+    assert decays("--weight-decay", "0.1", "--no-decay-all") == [(0.1, matrices), (0.0, total - matrices)]
+
+
+def test_the_first_step_comes_within_ten_seconds(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train_vit.py", "--dataset", "shapes", "--out-dir", tmp_path, "--save-minutes", "0.0001"],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+    )
+    started = time.monotonic()
+    try:
+        while not (tmp_path / "vit" / "last.pt").exists():  # written after the first step
+            assert time.monotonic() - started < 10 and process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_and_resume(tmp_path, *, kills, flags, seconds):
+    """Two runs with the same flags: one left alone, one killed with -9 at random moments and resumed; their last.pt."""
+    command = [sys.executable, "train_vit.py", "--out-dir", str(tmp_path), "--save-minutes", "0.01", *flags]
+    subprocess.run([*command, "--run-name", "alone"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    chance = random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*command, "--run-name", "killed", "--resume", "auto"], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+        )
+        time.sleep(chance.uniform(*seconds))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL  # it was still running
+    subprocess.run(
+        [*command, "--run-name", "killed", "--resume", "auto"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL
+    )
+    return tmp_path / "alone" / "last.pt", tmp_path / "killed" / "last.pt"
+
+
+def test_killed_twice_and_resumed_the_weights_are_the_same(tmp_path):
+    flags = ["--dataset", "shapes", "--epochs", "1", "--embed-dim", "64"]
+    assert same_weights(*kill_and_resume(tmp_path, kills=2, flags=flags, seconds=(4, 6)))
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_resumed_the_weights_are_the_same(tmp_path):
+    flags = ["--dataset", "shapes", "--epochs", "6"]
+    assert same_weights(*kill_and_resume(tmp_path, kills=10, flags=flags, seconds=(4, 12)))
+
+
+BAD_FLAGS = {
+    "--no-such-flag": ["--no-such-flag"],
+    "cifar11": ["--dataset", "cifar11"],
+    "--epochs: must be at least 1, not 0": ["--epochs", "0"],
+    "--epochs: must be at least 1, not -3": ["--epochs", "-3"],
+    "--epochs: invalid int value: 'many'": ["--epochs", "many"],
+    "--batch-size: must be at least 1, not 0": ["--batch-size", "0"],
+    "--lr: must be above 0, not nan": ["--lr", "nan"],
+    "--val-fraction: must be at least 0 and below 1, not 1": ["--val-fraction", "1"],
+    "--image-size 30 is not divisible by --patch-size 4: 28 or 32 would be; --pad": ["--image-size", "30"],
+    "--embed-dim 250 is not divisible by --num-heads 8": ["--embed-dim", "250"],
+    "--scale 0.9 0.5: the first must not be above": ["--scale", "0.9", "0.5"],
+    "--dataset folder needs --data-dir": ["--dataset", "folder"],
+    "nowhere: there is no such folder": ["--dataset", "folder", "--data-dir", "nowhere"],
+    "--device abacus": ["--device", "abacus"],
+    "--resume nowhere: there is no last.pt in it": ["--resume", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_FLAGS)
+def test_a_mistake_is_named(message, tmp_path):
+    with pytest.raises(UserError) as error:
+        train_vit.main([*BAD_FLAGS[message], "--out-dir", str(tmp_path)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(folder_flags, tmp_path):
+    assert "--epochs: must be at least 1" in error_line(run_train_vit("--epochs", 0))
+    (tmp_path / "pets" / "ant" / "000.png").write_bytes(b"no picture")
+    assert "ant/000.png cannot be decoded" in error_line(run_train_vit(*folder_flags))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(folder_flags):
+    with pytest.raises(UserError, match="--device cuda: this machine, or this build of torch, has none"):
+        train_vit.main([*folder_flags, "--device", "cuda"])
+
+
+def test_resuming_another_run_names_what_differs(folder_flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train_vit.main(folder_flags)
+    run = tmp_path / "runs" / "vit"
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(
+        UserError, match="is another run: --lr is 0.0005 there and 0.1 here; --depth is 2 there and 3 here"
+    ):
+        train_vit.main(["--resume", str(run), "--depth", "3", "--lr", "0.1"])
+    checkpoint = torch.load(run / "last.pt")
+    torch.save(checkpoint | {"model": "cct_6_3x1"}, run / "last.pt")
+    with pytest.raises(UserError, match="the model there is cct_6_3x1"):
+        train_vit.main(["--resume", str(run)])
+    (run / "last.pt").write_bytes(before)
+    write_pictures(tmp_path / "pets", classes=("dodo",), count=20)
+    with pytest.raises(UserError, match="has the classes ant, bee, cat, the pictures ant, bee, cat, dodo"):
+        train_vit.main(["--resume", str(run)])
+    shutil.rmtree(tmp_path / "pets" / "dodo")
+    for path in (tmp_path / "pets" / "ant").iterdir():
+        Image.new("RGB", (32, 32)).save(path)
+    with pytest.raises(UserError, match="the training pictures are not those of the run to resume"):
+        train_vit.main(["--resume", str(run)])
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_goes_on_from_the_one_before(folder_flags, tmp_path, monkeypatch, capsys):
+    train_vit.main([*folder_flags, "--run-name", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train_vit.main(folder_flags)
+    run = tmp_path / "runs" / "vit"
+    data = bytearray((run / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "last.pt").write_bytes(data)
+    train_vit.main(["--resume", str(run)])
+    assert "last.pt is damaged" in (warning := capsys.readouterr().err) and "last.prev.pt" in warning
+    assert same_weights(tmp_path / "runs/whole/last.pt", run / "last.pt")
+
+
+def test_a_name_that_is_taken_and_a_folder_that_cannot_be_written(folder_flags, tmp_path):
+    train_vit.main([*folder_flags, "--epochs", "1", "--run-name", "mine"])
+    before = (tmp_path / "runs/mine/last.pt").read_bytes()
+    with pytest.raises(UserError, match="--run-name mine: .* exists; --resume .* --overwrite"):
+        train_vit.main([*folder_flags, "--run-name", "mine"])
+    with pytest.raises(UserError, match="--image-size 30"):
+        train_vit.main([*folder_flags, "--run-name", "mine", "--overwrite", "--image-size", "30"])
+    assert (tmp_path / "runs/mine/last.pt").read_bytes() == before
+    with pytest.raises(UserError, match="cannot be written"):
+        train_vit.main([*folder_flags, "--out-dir", str(tmp_path / "pets/ant/000.png")])
+
+
+def test_summary_trains_nothing(tmp_path, capsys):
+    assert train_vit.main(["--summary", "--dataset", "cifar100", "--out-dir", str(tmp_path)]) is None
+    assert "3,218,276" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_help_names_every_flag_that_design_promises(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_vit.main(["--help"])
+    text = capsys.readouterr().out
+    promised = "dataset data-dir run-name out-dir resume overwrite val-fraction split-seed save-epochs save-minutes minutes patience"
+    assert stopped.value.code == 0 and all(f"--{name}" in text for name in promised.split())
+    assert Path("train_vit.py").read_text().count("__file__") == 0

@@ -1,0 +1,255 @@
+"""Train a Vision Transformer on small pictures.
+
+    python train_vit.py --epochs 160 --device cuda    the ViT report's run on CIFAR-10
+    python train_vit.py --dataset shapes              drawn shapes, three minutes on two CPU cores
+
+What a run writes to checkpoints/vit/ is listed in README.md.
+"""
+
+import datetime
+import time
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from data import DATASETS, count_classes, describe, evaluation_batches, load_dataset, training_batches
+from errors import UserError, run_script
+from models import build_model
+from models.summary import summarize
+from seeding import seed_for
+from training.arguments import at_least, complete_arguments, fraction, given_arguments, make_parser, resumed_arguments
+from training.checkpoint import check_same_pictures, load_checkpoint, make_checkpoint, restore_training, save_checkpoint
+from training.device import Precision, device_name, pick_device
+from training.interrupt import StopRequests, Watch
+from training.loop import new_sums, train_one_epoch, validate
+from training.optimizer import make_adamw
+from training.run import (
+    choose_folder,
+    epoch_line,
+    finish_run,
+    finished_result,
+    out_of_patience,
+    prepare_folder,
+    training_row,
+    write_epoch,
+    write_split,
+)
+from training.schedules import make_schedule
+
+REPORT = {
+    "dataset": "cifar10",  # the report
+    "image_size": 32,  # the report
+    "hflip": 0.5,  # the report
+    "scale": [0.8, 1.0],  # the report
+    "ratio": [0.9, 1.1],  # the report
+    "epochs": 160,  # the report
+    "batch_size": 64,  # the report
+    "lr": 5e-4,  # the report
+    "weight_decay": 0.01,  # AdamW's default in torch, which the report leaves as it is
+    "decay_all": True,  # so does it here
+    "sched": "multistep",  # the report
+    "gamma": 0.1,  # the report
+    "save_epochs": [10, 25, 50, 100, 125],  # the report
+    "patch_size": 4,  # the report, as all below
+    "embed_dim": 256,
+    "depth": 6,
+    "num_heads": 8,
+    "mlp_ratio": 2.0,
+    "drop": 0.2,
+}
+RECIPES = {
+    "report": REPORT,
+    "quick": REPORT  # ours: the same architecture, small enough for three minutes on two CPU cores
+    | {
+        "dataset": "shapes",
+        "epochs": 10,
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "decay_all": False,
+        "sched": "cosine",
+        "save_epochs": [],
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 4,
+        "drop": 0.0,
+    },
+}
+MODEL_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "drop", "pad", "image_size")
+
+
+def vit_parser():
+    parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--patch-size", type=at_least(1), metavar="PIXELS", help="smaller: more tokens, slower (%(default)s)"
+    )
+    model.add_argument("--pad", action="store_true", help="fill pictures that patches do not divide with zeros")
+    model.add_argument("--embed-dim", type=at_least(1), help="width of a token (%(default)s)")
+    model.add_argument("--depth", type=at_least(1), help="number of blocks (%(default)s)")
+    model.add_argument("--num-heads", type=at_least(1), help="must divide the width (%(default)s)")
+    model.add_argument(
+        "--mlp-ratio", type=at_least(0.1, float), help="width of the MLP over that of a token (%(default)s)"
+    )
+    model.add_argument("--drop", type=fraction, metavar="P", help="dropout (%(default)s)")
+    parser.set_defaults(**REPORT)
+    return parser
+
+
+def main(argv=None):
+    """Train as argv says (sys.argv without it); return what result.json holds, or None where the run is not finished."""
+    # Arguments
+    parser = vit_parser()
+    given = given_arguments(parser, argv)
+    folder, resuming = choose_folder(given, default_name="vit", default_dir=parser.get_default("out_dir"))
+    if resuming:
+        checkpoint = load_checkpoint(folder)
+        args = resumed_arguments(given, checkpoint, folder, models=("vit",))
+        if result := finished_result(folder):
+            return result
+    else:
+        recipe = given.setdefault("recipe", "quick" if given.get("dataset") == "shapes" else "report")
+        args = complete_arguments(parser, given, RECIPES[recipe])
+    device = pick_device(args.device)
+    precision = Precision(args.amp, device)
+    print(
+        f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}, {args.sched}"
+    )
+    print(f"{device_name(device)}, {precision.dtype}, torch {torch.__version__}")
+
+    # Model
+    torch.manual_seed(seed_for("weights", args.seed))
+    model_args = {name: getattr(args, name) for name in MODEL_FLAGS}
+    model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
+    model = build_model("vit", **model_args).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.pos_embed.shape[1]} tokens")
+    if args.summary:
+        print(summarize(model, (3, args.image_size, args.image_size)))
+        return None
+
+    # Data
+    dataset = load_dataset(
+        args.dataset,
+        data_dir=args.data_dir,
+        image_size=args.image_size,
+        val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
+        split_seed=args.split_seed,
+        cache_dir=args.cache_dir,
+        dataset_name=args.dataset_name,
+    )
+    print(describe(dataset))
+    if args.patience and not dataset.val:
+        raise UserError(
+            f"--patience {args.patience} chooses by validation pictures: --val-fraction 0.1 splits some off"
+        )
+    train = training_batches(dataset, args, device)
+    val = dataset.val and evaluation_batches(dataset, dataset.val, device)
+    test = evaluation_batches(dataset, dataset.test, device)
+
+    # Optimiser
+    optimizer = make_adamw(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
+    schedule = make_schedule(
+        args.sched,
+        optimizer,
+        epochs=args.epochs,
+        steps_per_epoch=train.steps_per_epoch,
+        milestones=args.milestones,
+        gamma=args.gamma,
+        warmup_epochs=args.warmup_epochs,
+    )
+    history, start_epoch, start_step, sums = [], 0, 0, new_sums(device)
+    if resuming:
+        check_same_pictures(checkpoint, dataset)
+        restore_training(checkpoint, model=model, optimizer=optimizer, schedule=schedule, precision=precision)
+        history, start_epoch, start_step = checkpoint["history"], checkpoint["epoch"], checkpoint["step"]
+        sums = {
+            name: value.to(device) if torch.is_tensor(value) else value for name, value in checkpoint["sums"].items()
+        }
+    prepare_folder(folder, resuming=resuming)
+    if args.dataset == "folder" or dataset.val:
+        write_split(folder / "split.csv", dataset)
+
+    # Epochs
+    def snapshot(epoch, step, sums):
+        return make_checkpoint(
+            model_name="vit",
+            model_args=model_args,
+            model=model,
+            dataset=dataset,
+            image_size=args.image_size,
+            optimizer=optimizer,
+            schedule=schedule,
+            precision=precision,
+            epoch=epoch,
+            step=step,
+            sums=sums,
+            history=history,
+            args=vars(args),
+        )
+
+    with StopRequests(args.minutes) as stop:
+        for epoch in range(start_epoch, args.epochs):
+            if out_of_patience(history, args.patience):
+                print(f"no better validation accuracy in {args.patience} epochs: stopping early")
+                break
+
+            def save(step, sums, epoch=epoch):
+                save_checkpoint(folder / "last.pt", snapshot(epoch, step, sums))
+
+            with Watch(epoch, args.epochs, start_step, train.steps_per_epoch, stop, save, args.save_minutes) as watch:
+                step = train_one_epoch(
+                    model=model,
+                    batches=train,
+                    loss_function=cross_entropy,
+                    optimizer=optimizer,
+                    schedule=schedule,
+                    precision=precision,
+                    seed=args.seed,
+                    epoch=epoch,
+                    start_step=start_step,
+                    sums=sums,
+                    clip_grad=args.clip_grad,
+                    after_step=watch,
+                )
+            if stop.wanted():
+                save(step, sums)
+                return stop.end(
+                    f"stopped in epoch {epoch + 1} after step {step}; go on: python train_vit.py --resume {folder}"
+                )
+
+            started = time.monotonic()
+            row = training_row(epoch, sums, device)
+            for split, batches in (
+                ("val", val),
+                ("test", None if val else test),
+            ):  # with val, test is opened at the end
+                if batches:
+                    row[f"{split}_loss"], row[f"{split}_accuracy"], _ = validate(
+                        model=model, batches=batches, precision=precision
+                    )
+            row["seconds"] += time.monotonic() - started
+            history.append(row)
+            start_step, sums = 0, new_sums(device)
+            write_epoch(folder, snapshot(epoch + 1, 0, sums), save_epochs=args.save_epochs)
+            print(epoch_line(row, args.epochs))
+            if epoch == start_epoch and epoch + 1 < args.epochs:
+                left = datetime.timedelta(seconds=round(row["seconds"] * (args.epochs - epoch - 1)))
+                print(f"expected end: {datetime.datetime.now() + left:%Y-%m-%d %H:%M}, in {left}")
+
+    # Results
+    return finish_run(
+        folder,
+        script="train_vit.py",
+        args=vars(args),
+        model=model,
+        model_name="vit",
+        dataset=dataset,
+        test=test,
+        history=history,
+        precision=precision,
+        device=device,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

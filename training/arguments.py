@@ -1,0 +1,202 @@
+"""The flags that all training scripts share, in groups, and how recipes, a resumed run and the command line combine."""
+
+import argparse
+
+from errors import UserError
+
+# what may differ between a run and its resumption; every other flag is part of what the run is
+FREE_FLAGS = (
+    "data_dir",
+    "cache_dir",
+    "out_dir",
+    "run_name",
+    "resume",
+    "overwrite",
+    "device",
+    "minutes",
+    "save_minutes",
+    "save_epochs",
+    "patience",
+    "summary",
+)
+NOT_GIVEN = object()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def at_least(low, kind=int):
+    """A flag's type: a number not below low."""
+
+    def convert(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type by it
+    return convert
+
+
+def fraction(text):
+    """A flag's type: a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return value
+
+
+def positive(text):
+    """A flag's type: a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def make_parser(description, *, recipes, datasets):
+    """A parser with the flags of every training script; the script adds those of its model."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=recipes, help="which defaults to take; any flag overrides them")
+    parser.add_argument("--summary", action="store_true", help="print the model layer by layer, and train nothing")
+
+    data = parser.add_argument_group("pictures")
+    data.add_argument(
+        "--dataset", choices=datasets, help="shapes needs no download; folder is a folder of class folders"
+    )
+    data.add_argument("--data-dir", help="where the pictures are, or are downloaded to (datasets)")
+    data.add_argument("--dataset-name", help="what results call a folder (its own name)")
+    data.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="resize pictures to this (%(default)s)")
+    data.add_argument(
+        "--val-fraction", type=fraction, metavar="F", help="split F of the training pictures off, to choose by"
+    )
+    data.add_argument(
+        "--test-fraction", type=positive_fraction, metavar="F", help="of a folder without test/ (%(default)s)"
+    )
+    data.add_argument("--split-seed", type=at_least(0), help="decides both splits (%(default)s)")
+    data.add_argument("--cache-dir", help="where decoded folders are kept (the user's cache folder)")
+    data.add_argument(
+        "--hflip", type=probability, metavar="P", help="mirror a picture; 0 where left and right matter (%(default)s)"
+    )
+    data.add_argument(
+        "--scale", type=positive, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop (%(default)s)"
+    )
+    data.add_argument(
+        "--ratio", type=positive, nargs=2, metavar=("MIN", "MAX"), help="its width / height (%(default)s)"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=at_least(1), help="(%(default)s)")
+    training.add_argument("--batch-size", type=at_least(1), help="(%(default)s)")
+    training.add_argument(
+        "--lr", type=positive, help="peak learning rate; lower it if the loss is not finite (%(default)s)"
+    )
+    training.add_argument("--weight-decay", type=at_least(0, float), help="(%(default)s)")
+    training.add_argument(
+        "--decay-all", action=argparse.BooleanOptionalAction, help="decay biases, norms and embeddings too"
+    )
+    training.add_argument("--sched", choices=("multistep", "cosine"), help="(%(default)s)")
+    training.add_argument(
+        "--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help="where multistep falls (5/8 and 15/16)"
+    )
+    training.add_argument("--gamma", type=positive, help="by how much it falls (%(default)s)")
+    training.add_argument(
+        "--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help="of cosine (a tenth of all)"
+    )
+    training.add_argument("--clip-grad", type=positive, metavar="NORM", help="limit the gradient's norm, say to 1")
+    training.add_argument(
+        "--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy"
+    )
+    training.add_argument("--seed", type=at_least(0), help="of weights, order, augmentation and dropout (%(default)s)")
+    training.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
+    training.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; off is float32 (%(default)s)"
+    )
+
+    run = parser.add_argument_group("the run's folder")
+    run.add_argument("--run-name", metavar="NAME", help="write to OUT_DIR/NAME (the model's name)")
+    run.add_argument("--out-dir", help="where runs are written, say a mounted drive (%(default)s)")
+    run.add_argument(
+        "--resume", metavar="RUN", help="a run's folder to go on with; auto: if it is there, else start it"
+    )
+    run.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
+    run.add_argument(
+        "--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", help="keep the checkpoints after these epochs"
+    )
+    run.add_argument(
+        "--save-minutes", type=positive, metavar="M", help="save within an epoch every M minutes (%(default)s)"
+    )
+    run.add_argument("--minutes", type=positive, metavar="M", help="save and stop after M minutes; --resume goes on")
+    parser.set_defaults(
+        test_fraction=0.2,
+        split_seed=0,
+        val_fraction=0.0,
+        seed=0,
+        amp="auto",
+        out_dir="checkpoints",
+        save_minutes=10.0,
+        save_epochs=[],
+    )
+    return parser
+
+
+def positive_fraction(text):
+    positive(text)
+    return fraction(text)
+
+
+def probability(text):
+    """A flag's type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
+def given_arguments(parser, argv):
+    """The flags on the command line alone, as a dict, without any default."""
+    everything = parser.parse_args([])
+    blank = argparse.Namespace(**dict.fromkeys(vars(everything), NOT_GIVEN))
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not NOT_GIVEN}
+
+
+def complete_arguments(parser, given, recipe):
+    """All arguments: the parser's defaults, overridden by the recipe's, overridden by those given. Raises UserError."""
+    args = argparse.Namespace(**{**vars(parser.parse_args([])), **recipe, **given})
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UserError(f"--{name} {low} {high}: the first must not be above the second")
+    if args.scale[1] > 1:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the picture (1)")
+    if args.dataset == "folder" and not args.data_dir:
+        raise UserError("--dataset folder needs --data-dir, the folder of class folders")
+    if args.resume and args.overwrite:
+        raise UserError("--overwrite and --resume exclude each other")
+    args.data_dir = args.data_dir or "datasets"
+    return args
+
+
+def resumed_arguments(given, checkpoint, folder, *, models):
+    """The arguments of a checkpoint, with those of `given` that may change. Raises UserError that names what may not.
+
+    models are the names of those that the script can train.
+    """
+    if checkpoint["model"] not in models:
+        raise UserError(
+            f"--resume {folder}: the model there is {checkpoint['model']}, which this script does not train"
+        )
+    saved = checkpoint["args"]
+    different = [
+        f"--{name.replace('_', '-')} is {saved.get(name)} there and {value} here"
+        for name, value in given.items()
+        if name not in FREE_FLAGS and saved.get(name) != value
+    ]
+    if different:
+        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
+    changed = {name: value for name, value in given.items() if name in FREE_FLAGS}
+    return argparse.Namespace(**{**saved, **changed})

@@ -1,0 +1,156 @@
+"""Checkpoints: written in one piece, opened without running code, resumed exactly."""
+
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from files import write_atomically
+
+FORMAT_VERSION = 1
+
+
+def make_checkpoint(
+    *,
+    model_name,
+    model_args,
+    model,
+    dataset,
+    image_size,
+    optimizer,
+    schedule,
+    precision,
+    epoch,
+    step,
+    sums,
+    history,
+    args,
+):
+    """What a run is at one moment, as a dict of tensors and plain Python types.
+
+    epoch counts finished epochs, step the optimiser steps since; sums are those of the epoch in hand (see new_sums).
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model_name,
+        "model_args": model_args,
+        "classes": list(dataset.classes),
+        "image_size": image_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "weights": model.state_dict(),
+        "ema": None,
+        "optimizer": optimizer.state_dict(),
+        # without the milestones, which follow from the arguments and are no plain type
+        "schedule": {name: value for name, value in schedule.state_dict().items() if name != "milestones"},
+        "scaler": precision.scaler.state_dict(),
+        "seed": args["seed"],
+        "epoch": epoch,
+        "step": step,
+        "sums": sums,
+        "history": history,
+        "args": args,
+    }
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint to path; a last.pt that is there already becomes last.prev.pt."""
+    path = Path(path)
+
+    def write(file):
+        torch.save(checkpoint, file)
+
+    if path.name == "last.pt" and path.exists():
+        write_atomically(path.with_name("last.next.pt"), write)
+        os.replace(path, path.with_name("last.prev.pt"))
+        os.replace(path.with_name("last.next.pt"), path)
+    else:
+        write_atomically(path, write)
+
+
+def open_checkpoint(path, device="cpu"):
+    """The checkpoint in one file. Raises UserError where it is damaged, or holds anything but tensors and plain types."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the zip's checksums
+        if damaged:
+            raise UserError(f"{path} is damaged (checksum of {damaged})")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint ({first_line(error)})") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no checkpoint of this project: it holds more than tensors and plain types"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} is no checkpoint of this project, or of another version of it")
+    return checkpoint
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def load_checkpoint(path, *, which="last", device="cpu"):
+    """The checkpoint of a run's folder (its last.pt, or WHICH.pt), or in a file; says file, epoch and accuracy.
+
+    A last.pt that is missing or damaged is replaced by last.prev.pt, with a warning on stderr that names both.
+    Raises UserError where neither can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / f"{which}.pt"
+    try:
+        checkpoint = open_checkpoint(path, device)
+    except UserError as error:
+        previous = path.with_name("last.prev.pt")
+        if path.name != "last.pt" or not previous.exists():
+            raise
+        checkpoint = open_checkpoint(previous, device)
+        print(f"warning: {error}: going on from {previous}", file=sys.stderr)
+        path = previous
+    history = checkpoint["history"]
+    accuracies = [
+        f"{key[:-9]} {history[-1][key]:.2%}"
+        for key in ("val_accuracy", "test_accuracy")
+        if history and history[-1].get(key)
+    ]
+    print(
+        f"{path}: {checkpoint['model']}, epoch {checkpoint['epoch']}, step {checkpoint['step']}", *accuracies, sep=", "
+    )
+    return checkpoint
+
+
+def rebuild_model(checkpoint, build_model):
+    """The model of a checkpoint with its weights, in evaluation mode; build_model(name, **model_args) makes it."""
+    model = build_model(checkpoint["model"], **checkpoint["model_args"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval()
+
+
+def check_same_pictures(checkpoint, dataset):
+    """Raises UserError where a dataset is not the one that the checkpoint was trained on."""
+    if checkpoint["classes"] != list(dataset.classes):
+        raise UserError(
+            f"the run to resume has the classes {', '.join(checkpoint['classes'])}, the pictures {', '.join(dataset.classes)}"
+        )
+    now = torch.tensor([dataset.mean, dataset.std])
+    if not torch.allclose(now, torch.tensor([checkpoint["mean"], checkpoint["std"]]), rtol=0, atol=1e-6):
+        raise UserError(
+            "the training pictures are not those of the run to resume: their mean or standard deviation differs"
+        )
+
+
+def restore_training(checkpoint, *, model, optimizer, schedule, precision):
+    """Put weights, optimiser, schedule and scaler back to where the checkpoint left them."""
+    model.load_state_dict(checkpoint["weights"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    schedule.load_state_dict(checkpoint["schedule"])
+    if checkpoint["scaler"]:
+        precision.scaler.load_state_dict(checkpoint["scaler"])

@@ -1,0 +1,79 @@
+"""The device, the precision that it computes in, and what it calls itself."""
+
+import platform
+import sys
+
+import torch
+
+from errors import UserError
+
+
+def pick_device(name=None):
+    """torch.device of that name; without one, cuda, then mps, then cpu. Raises UserError where there is no such device."""
+    available = [
+        kind
+        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        if there
+    ]
+    available.append("cpu")
+    try:
+        device = torch.device(name or available[0])
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; here there is {', '.join(available)}") from error
+    if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device {name}: this machine, or this build of torch, has none; here there is {', '.join(available)}"
+        )
+    return device
+
+
+def has_bfloat16(device):
+    """Whether the device multiplies bfloat16 matrices itself, rather than by emulation (as a T4 does, which says yes)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+class Precision:
+    """Mixed precision on one device: `autocast()` for the forward pass, `scaler` for the backward pass.
+
+    amp is "auto" (bf16 where the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32).
+    Raises UserError for bf16 on a device without it.
+    """
+
+    def __init__(self, amp, device):
+        if amp == "auto":
+            amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
+        elif amp == "bf16" and not has_bfloat16(device):
+            raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; --amp auto takes what it has")
+        self.amp = amp
+        self.device_type = device.type
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def autocast(self):
+        return torch.autocast(self.device_type, self.dtype, enabled=self.amp != "off")
+
+
+def device_name(device):
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple " + platform.machine()
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+
+
+def peak_memory_bytes(device):
+    """The most memory held so far: on the GPU, or by the process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,42 @@
+"""Learning-rate schedules, stepped once an optimiser step."""
+
+import math
+from functools import partial
+
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+
+DEFAULT_MILESTONES = (100 / 160, 150 / 160)  # of the run's length: the report's epochs 100 and 150 of 160
+
+
+def multistep_schedule(optimizer, *, epochs, steps_per_epoch, milestones=None, gamma=0.1):
+    """MultiStepLR that multiplies the learning rate by gamma after each of the milestones, which are numbers of epochs.
+
+    Without milestones they are those of the report, scaled to the length of the run.
+    """
+    if milestones is None:
+        milestones = [max(1, round(share * epochs)) for share in DEFAULT_MILESTONES]
+    return MultiStepLR(optimizer, [round(m * steps_per_epoch) for m in milestones], gamma=gamma)
+
+
+def cosine_factor(step, *, warmup_steps, total_steps):
+    """The learning rate after `step` optimiser steps, as a share of its peak: a line from zero, then half a cosine to zero."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cosine_schedule(optimizer, *, epochs, steps_per_epoch, warmup_epochs):
+    """Cosine decay to zero (Loshchilov & Hutter 2017, eq. 5, one cycle) after a linear warm-up from zero."""
+    factor = partial(cosine_factor, warmup_steps=warmup_epochs * steps_per_epoch, total_steps=epochs * steps_per_epoch)
+    return LambdaLR(optimizer, factor)
+
+
+def make_schedule(name, optimizer, *, epochs, steps_per_epoch, milestones, gamma, warmup_epochs):
+    """The schedule that --sched names: "multistep" or "cosine"."""
+    if name == "multistep":
+        return multistep_schedule(
+            optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, milestones=milestones, gamma=gamma
+        )
+    warmup_epochs = 0.1 * epochs if warmup_epochs is None else warmup_epochs
+    return cosine_schedule(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
