@@ -4,7 +4,7 @@ import sys
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message is one line that names the flag or file, its value, and what would be right."""
+    """A mistake that the user can mend: one line that names the flag or file, its value, and what would be right."""
 
 
 def run_script(main):

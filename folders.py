@@ -21,7 +21,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_splits(root):
-    """(names of the class folders, {split: folder}) of a folder of class folders, or of one that holds train/ and others.
+    """(names of the class folders, {split: folder}) of a folder of class folders, or of one with train/ and others.
 
     The splits are train/, val/ and test/ where root has train/, else the single one "all". A val/ without a test/ is
     the test set, as with ImageNet and its children. Raises UserError for a folder that cannot be used.
@@ -46,7 +46,7 @@ def find_splits(root):
 
 
 def read_folder(root, image_size, cache_dir=None):
-    """(class names, {split: (pictures (N, 3, S, S) uint8, labels (N,), file names)}), the splits being those of find_splits.
+    """(class names, {split: (pictures (N, 3, S, S) uint8, labels (N,), file names)}), split as find_splits says.
 
     Pictures are turned upright by their EXIF tag, scaled until the short side fits, and cut to the centre square.
     Raises UserError for a folder that cannot be used and a file that cannot be decoded.
@@ -89,7 +89,7 @@ def pictures_in(folder):
 
 
 def readable_names(root, class_folders):
-    """Class names, from classes.txt in root where there is one: a line a class, the folder's name and then a readable one."""
+    """Class names, from classes.txt in root where there is one: a line a class, its folder and then a readable name."""
     path = root / "classes.txt"
     if not path.exists():
         return class_folders

@@ -135,7 +135,7 @@ def draw(rng, name, count):
 
 
 def make_shapes(split):
-    """The pictures of "train", "val" or "test" with labels, masks and outlines, the classes in equal numbers: a ShapeSet."""
+    """The pictures of "train", "val" or "test", as many of each class, with labels, masks and outlines: a ShapeSet."""
     number = list(COUNTS).index(split)
     count = COUNTS[split]
     order = np.random.default_rng([number, 0]).permutation(count)  # where each drawn picture goes

@@ -6,7 +6,6 @@
 What a run writes to checkpoints/vit/ is listed in README.md.
 """
 
-import datetime
 import time
 
 import torch
@@ -18,22 +17,13 @@ from models import build_model
 from models.summary import summarize
 from seeding import seed_for
 from training.arguments import at_least, complete_arguments, fraction, given_arguments, make_parser, resumed_arguments
-from training.checkpoint import check_same_pictures, load_checkpoint, make_checkpoint, restore_training, save_checkpoint
+from training.checkpoint import load_checkpoint
 from training.device import Precision, device_name, pick_device
 from training.interrupt import StopRequests, Watch
-from training.loop import new_sums, train_one_epoch, validate
+from training.loop import train_one_epoch, validate
 from training.optimizer import make_adamw
-from training.run import (
-    choose_folder,
-    epoch_line,
-    finish_run,
-    finished_result,
-    out_of_patience,
-    prepare_folder,
-    training_row,
-    write_epoch,
-    write_split,
-)
+from training.outputs import write_split
+from training.run import Run, choose_folder, finished_result, prepare_folder
 from training.schedules import make_schedule
 
 REPORT = {
@@ -96,7 +86,7 @@ def vit_parser():
 
 
 def main(argv=None):
-    """Train as argv says (sys.argv without it); return what result.json holds, or None where the run is not finished."""
+    """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
     # Arguments
     parser = vit_parser()
     given = given_arguments(parser, argv)
@@ -111,9 +101,7 @@ def main(argv=None):
         args = complete_arguments(parser, given, RECIPES[recipe])
     device = pick_device(args.device)
     precision = Precision(args.amp, device)
-    print(
-        f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}, {args.sched}"
-    )
+    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(device)}, {precision.dtype}, torch {torch.__version__}")
 
     # Model
@@ -139,65 +127,41 @@ def main(argv=None):
     )
     print(describe(dataset))
     if args.patience and not dataset.val:
-        raise UserError(
-            f"--patience {args.patience} chooses by validation pictures: --val-fraction 0.1 splits some off"
-        )
+        raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
-    val = dataset.val and evaluation_batches(dataset, dataset.val, device)
     test = evaluation_batches(dataset, dataset.test, device)
+    # with validation pictures the test set stays shut until the end
+    watched = {"val": evaluation_batches(dataset, dataset.val, device)} if dataset.val else {"test": test}
 
     # Optimiser
     optimizer = make_adamw(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
-    schedule = make_schedule(
-        args.sched,
-        optimizer,
-        epochs=args.epochs,
-        steps_per_epoch=train.steps_per_epoch,
-        milestones=args.milestones,
-        gamma=args.gamma,
-        warmup_epochs=args.warmup_epochs,
+    schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
+    run = Run(
+        folder,
+        script="train_vit.py",
+        args=args,
+        model_name="vit",
+        model_args=model_args,
+        model=model,
+        dataset=dataset,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=precision,
+        device=device,
     )
-    history, start_epoch, start_step, sums = [], 0, 0, new_sums(device)
     if resuming:
-        check_same_pictures(checkpoint, dataset)
-        restore_training(checkpoint, model=model, optimizer=optimizer, schedule=schedule, precision=precision)
-        history, start_epoch, start_step = checkpoint["history"], checkpoint["epoch"], checkpoint["step"]
-        sums = {
-            name: value.to(device) if torch.is_tensor(value) else value for name, value in checkpoint["sums"].items()
-        }
+        run.resume(checkpoint)
     prepare_folder(folder, resuming=resuming)
-    if args.dataset == "folder" or dataset.val:
+    if args.dataset == "folder" or args.val_fraction:
         write_split(folder / "split.csv", dataset)
 
     # Epochs
-    def snapshot(epoch, step, sums):
-        return make_checkpoint(
-            model_name="vit",
-            model_args=model_args,
-            model=model,
-            dataset=dataset,
-            image_size=args.image_size,
-            optimizer=optimizer,
-            schedule=schedule,
-            precision=precision,
-            epoch=epoch,
-            step=step,
-            sums=sums,
-            history=history,
-            args=vars(args),
-        )
-
     with StopRequests(args.minutes) as stop:
-        for epoch in range(start_epoch, args.epochs):
-            if out_of_patience(history, args.patience):
-                print(f"no better validation accuracy in {args.patience} epochs: stopping early")
+        for epoch in range(run.epoch, args.epochs):
+            if run.out_of_patience():
                 break
-
-            def save(step, sums, epoch=epoch):
-                save_checkpoint(folder / "last.pt", snapshot(epoch, step, sums))
-
-            with Watch(epoch, args.epochs, start_step, train.steps_per_epoch, stop, save, args.save_minutes) as watch:
-                step = train_one_epoch(
+            with Watch(run, train.steps_per_epoch, stop) as watch:
+                train_one_epoch(
                     model=model,
                     batches=train,
                     loss_function=cross_entropy,
@@ -206,49 +170,21 @@ def main(argv=None):
                     precision=precision,
                     seed=args.seed,
                     epoch=epoch,
-                    start_step=start_step,
-                    sums=sums,
+                    start_step=run.step,
+                    sums=run.sums,
                     clip_grad=args.clip_grad,
                     after_step=watch,
                 )
             if stop.wanted():
-                save(step, sums)
-                return stop.end(
-                    f"stopped in epoch {epoch + 1} after step {step}; go on: python train_vit.py --resume {folder}"
-                )
-
+                return run.stop(stop)
             started = time.monotonic()
-            row = training_row(epoch, sums, device)
-            for split, batches in (
-                ("val", val),
-                ("test", None if val else test),
-            ):  # with val, test is opened at the end
-                if batches:
-                    row[f"{split}_loss"], row[f"{split}_accuracy"], _ = validate(
-                        model=model, batches=batches, precision=precision
-                    )
-            row["seconds"] += time.monotonic() - started
-            history.append(row)
-            start_step, sums = 0, new_sums(device)
-            write_epoch(folder, snapshot(epoch + 1, 0, sums), save_epochs=args.save_epochs)
-            print(epoch_line(row, args.epochs))
-            if epoch == start_epoch and epoch + 1 < args.epochs:
-                left = datetime.timedelta(seconds=round(row["seconds"] * (args.epochs - epoch - 1)))
-                print(f"expected end: {datetime.datetime.now() + left:%Y-%m-%d %H:%M}, in {left}")
+            judged = {}
+            for split, batches in watched.items():
+                loss, accuracy, _ = validate(model=model, batches=batches, precision=precision)
+                judged[split] = loss, accuracy
+            run.end_epoch(judged, seconds=time.monotonic() - started)
 
-    # Results
-    return finish_run(
-        folder,
-        script="train_vit.py",
-        args=vars(args),
-        model=model,
-        model_name="vit",
-        dataset=dataset,
-        test=test,
-        history=history,
-        precision=precision,
-        device=device,
-    )
+    return run.finish(test)
 
 
 if __name__ == "__main__":

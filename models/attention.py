@@ -59,7 +59,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block on (B, N, dim): attention, then MLP, each with its residual (Dosovitskiy et al. 2021)."""
+    """A pre-norm block on (B, N, dim): attention, then MLP, each with its residual (Dosovitskiy et al. 2021)."""
 
     def __init__(self, dim, num_heads, *, mlp_ratio=2.0, drop=0.0):
         super().__init__()

@@ -16,7 +16,7 @@ def patch_grid(image_size, patch_size, *, pad=False):
             below = size // patch_size * patch_size
             fits = f"{below} or {below + patch_size}" if below else f"{patch_size}"
             raise UserError(
-                f"--image-size {size} is not divisible by --patch-size {patch_size}: {fits} would be; --pad fills the border up"
+                f"--image-size {size} is not divisible by --patch-size {patch_size}: {fits} would be; --pad fills it up"
             )
     return tuple(-(-size // patch_size) for size in image_size)
 

@@ -35,7 +35,7 @@ def picture_folder(tmp_path):
 
 @pytest.fixture
 def folder_flags(picture_folder, tmp_path):
-    """The flags of a run that takes a second: a tiny model on picture_folder, 2 epochs of 6 steps, written to tmp_path."""
+    """The flags of a run of a second: a tiny model on picture_folder, 2 epochs of 6 steps, written to tmp_path."""
     return [
         *("--dataset", "folder", "--data-dir", str(picture_folder), "--cache-dir", str(tmp_path / "cache")),
         *("--out-dir", str(tmp_path / "runs"), "--epochs", "2", "--batch-size", "8", *TINY),

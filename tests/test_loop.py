@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.device import Precision
 from training.loop import means, new_sums, train_one_epoch, validate
-from training.schedules import make_schedule
+from training.schedules import cosine_schedule
 
 CPU = torch.device("cpu")
 
@@ -31,9 +31,7 @@ def random_batches(sizes=(8, 8, 3)):
 
 
 def cosine(optimizer, steps=100):
-    return make_schedule(
-        "cosine", optimizer, epochs=steps, steps_per_epoch=1, milestones=None, gamma=0.1, warmup_epochs=0
-    )
+    return cosine_schedule(optimizer, epochs=steps, steps_per_epoch=1, warmup_epochs=0)
 
 
 def train(

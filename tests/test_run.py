@@ -1,11 +1,16 @@
-import json
+import csv
+from argparse import Namespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from errors import UserError
-from training.run import choose_folder, draw_curves, epoch_line, is_best, out_of_patience, prepare_folder, write_epoch
+from training.device import Precision
+from training.outputs import draw_curves, epoch_line
+from training.run import Run, choose_folder, is_best, prepare_folder
+from training.schedules import multistep_schedule
 
 
 def history(*val_accuracies, lr=0.1):
@@ -63,32 +68,58 @@ def test_a_replaced_run_leaves_only_what_no_run_wrote(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_patience_counts_epochs_since_the_best():
-    assert not out_of_patience(history(0.5, 0.4), 2)
-    assert out_of_patience(history(0.5, 0.4, 0.5), 2)  # as good is not better
-    assert not out_of_patience(history(0.5, 0.4, 0.6), 2)
-    assert not out_of_patience(history(0.5, 0.4, 0.3), None)
+def small_run(folder, **options):
+    """A Run of one linear layer on nothing in particular."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = {"epochs": 9, "seed": 0, "image_size": 1, "sched": "multistep", "save_epochs": [1, 3], "patience": None}
+    return Run(
+        folder,
+        script="train_vit.py",
+        args=Namespace(**args | options),
+        model_name="linear",
+        model_args={},
+        model=model,
+        dataset=Namespace(classes=["a", "b"], mean=[0.5], std=[0.5]),
+        optimizer=optimizer,
+        schedule=multistep_schedule(optimizer, epochs=9, steps_per_epoch=1),
+        precision=Precision("off", torch.device("cpu")),
+        device=torch.device("cpu"),
+    )
+
+
+def end_epoch(run, **judged):
+    run.sums |= {"pictures": 4, "seconds": 2.0, "lr": 0.1}
+    run.end_epoch(judged, seconds=0.5)
+
+
+def test_patience_counts_epochs_since_the_best(tmp_path):
+    def out(*accuracies, patience=2):
+        run = small_run(tmp_path, patience=patience)
+        run.history = history(*accuracies)
+        return run.out_of_patience()
+
+    assert not out() and not out(0.5, 0.4) and not out(0.5, 0.4, 0.6) and not out(0.5, 0.4, 0.3, patience=None)
+    assert out(0.5, 0.4, 0.5)  # as good is not better
 
 
 def test_an_epoch_keeps_the_checkpoints_that_it_earns(tmp_path):
-    checkpoint = {"args": {"sched": "multistep"}, "history": []}
+    run = small_run(tmp_path)
     for accuracy in (0.4, 0.6, 0.5):
-        checkpoint["history"] = history(*[row["val_accuracy"] for row in checkpoint["history"]], accuracy)
-        write_epoch(tmp_path, checkpoint, save_epochs=[1, 3])
+        end_epoch(run, val=(1.0, accuracy))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"last.pt", "last.prev.pt", "best.pt", "epoch-1.pt", "epoch-3.pt", "log.csv", "curves.png"}
-    import torch
-
-    assert len(torch.load(tmp_path / "best.pt")["history"]) == 2
-    lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert lines[0].startswith("epoch,lr,train_loss,train_accuracy,val_loss") and lines[3].startswith("3,0.1,")
+    assert torch.load(tmp_path / "best.pt")["epoch"] == 2 and torch.load(tmp_path / "epoch-1.pt")["epoch"] == 1
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_accuracy"] for row in rows] == ["0.4", "0.6", "0.5"] and rows[0]["test_loss"] == ""
+    assert rows[2]["seconds"] == "2.5" and rows[2]["images_per_second"] == "2.0" and rows[2]["lr"] == "0.1"
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
-    checkpoint = {"args": {"sched": "multistep"}, "history": history(0.4)}
-    checkpoint["history"][0]["val_loss"] = float("nan")
-    with pytest.raises(UserError, match="the val loss after epoch 1 is not finite"):
-        write_epoch(tmp_path, checkpoint)
+    run = small_run(tmp_path)
+    with pytest.raises(UserError, match="the val loss of epoch 1 is not finite"):
+        end_epoch(run, val=(float("nan"), 0.1))
     assert not list(tmp_path.iterdir())
 
 
@@ -113,4 +144,4 @@ def test_epoch_lines_are_aligned():
     rows = history(0.5, 1.0)
     rows[1]["epoch"], rows[1]["images_per_second"] = 100, 12345.6
     lines = [epoch_line(row, 100) for row in rows]
-    assert len(lines[0]) == len(lines[1]) and "val 1.5000  50.00%" in lines[0] and json.dumps(lines[0])
+    assert len(lines[0]) == len(lines[1]) and "val 1.5000  50.00%" in lines[0]

@@ -1,4 +1,5 @@
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,14 +11,8 @@ STEPS = 7  # an epoch
 
 def optimizer_and_schedule(name, **options):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    options = {
-        "epochs": 20,
-        "steps_per_epoch": STEPS,
-        "milestones": None,
-        "gamma": 0.1,
-        "warmup_epochs": None,
-    } | options
-    return optimizer, make_schedule(name, optimizer, **options)
+    defaults = {"sched": name, "epochs": 20, "milestones": None, "gamma": 0.1, "warmup_epochs": None}
+    return optimizer, make_schedule(Namespace(**defaults | options), optimizer, steps_per_epoch=STEPS)
 
 
 def rates(optimizer, schedule, steps):

@@ -75,7 +75,7 @@ def test_outlines_fill_the_holes_of_hollow_shapes_alone(sets):
 
 
 def test_a_mask_lies_on_the_shape(sets):
-    """Shapes are brighter than their backgrounds: inside the mask far brighter than outside, in nearly every picture."""
+    """Shapes are brighter than their backgrounds: inside the mask brighter than outside, in nearly every picture."""
     s = sets["test"]
     brightness = s.pictures.float().mean(1)
     inside = (brightness * s.masks).sum((1, 2)) / s.masks.sum((1, 2))

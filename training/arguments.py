@@ -175,8 +175,6 @@ def complete_arguments(parser, given, recipe):
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the picture (1)")
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
-    if args.resume and args.overwrite:
-        raise UserError("--overwrite and --resume exclude each other")
     args.data_dir = args.data_dir or "datasets"
     return args
 

@@ -14,46 +14,28 @@ from files import write_atomically
 FORMAT_VERSION = 1
 
 
-def make_checkpoint(
-    *,
-    model_name,
-    model_args,
-    model,
-    dataset,
-    image_size,
-    optimizer,
-    schedule,
-    precision,
-    epoch,
-    step,
-    sums,
-    history,
-    args,
-):
-    """What a run is at one moment, as a dict of tensors and plain Python types.
-
-    epoch counts finished epochs, step the optimiser steps since; sums are those of the epoch in hand (see new_sums).
-    """
+def make_checkpoint(run):
+    """What a run is at one moment (see training/run.py), as a dict of tensors and plain Python types."""
     return {
         "format_version": FORMAT_VERSION,
-        "model": model_name,
-        "model_args": model_args,
-        "classes": list(dataset.classes),
-        "image_size": image_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "weights": model.state_dict(),
+        "model": run.model_name,
+        "model_args": run.model_args,
+        "classes": list(run.dataset.classes),
+        "image_size": run.args.image_size,
+        "mean": run.dataset.mean,
+        "std": run.dataset.std,
+        "weights": run.model.state_dict(),
         "ema": None,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         # without the milestones, which follow from the arguments and are no plain type
-        "schedule": {name: value for name, value in schedule.state_dict().items() if name != "milestones"},
-        "scaler": precision.scaler.state_dict(),
-        "seed": args["seed"],
-        "epoch": epoch,
-        "step": step,
-        "sums": sums,
-        "history": history,
-        "args": args,
+        "schedule": {name: value for name, value in run.schedule.state_dict().items() if name != "milestones"},
+        "scaler": run.precision.scaler.state_dict(),
+        "seed": run.args.seed,
+        "epoch": run.epoch,
+        "step": run.step,
+        "sums": run.sums,
+        "history": run.history,
+        "args": vars(run.args),
     }
 
 
@@ -73,7 +55,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def open_checkpoint(path, device="cpu"):
-    """The checkpoint in one file. Raises UserError where it is damaged, or holds anything but tensors and plain types."""
+    """The checkpoint in one file. Raises UserError where it is damaged, or holds more than tensors and plain types."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the zip's checksums
@@ -137,9 +119,8 @@ def rebuild_model(checkpoint, build_model):
 def check_same_pictures(checkpoint, dataset):
     """Raises UserError where a dataset is not the one that the checkpoint was trained on."""
     if checkpoint["classes"] != list(dataset.classes):
-        raise UserError(
-            f"the run to resume has the classes {', '.join(checkpoint['classes'])}, the pictures {', '.join(dataset.classes)}"
-        )
+        there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
+        raise UserError(f"the run to resume has the classes {there}, the pictures {here}")
     now = torch.tensor([dataset.mean, dataset.std])
     if not torch.allclose(now, torch.tensor([checkpoint["mean"], checkpoint["std"]]), rtol=0, atol=1e-6):
         raise UserError(
@@ -147,10 +128,13 @@ def check_same_pictures(checkpoint, dataset):
         )
 
 
-def restore_training(checkpoint, *, model, optimizer, schedule, precision):
-    """Put weights, optimiser, schedule and scaler back to where the checkpoint left them."""
-    model.load_state_dict(checkpoint["weights"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    schedule.load_state_dict(checkpoint["schedule"])
+def restore_training(checkpoint, run):
+    """Put a run's weights, optimiser, schedule, scaler and place back to where the checkpoint left them."""
+    run.model.load_state_dict(checkpoint["weights"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.schedule.load_state_dict(checkpoint["schedule"])
     if checkpoint["scaler"]:
-        precision.scaler.load_state_dict(checkpoint["scaler"])
+        run.precision.scaler.load_state_dict(checkpoint["scaler"])
+    run.epoch, run.step, run.history = checkpoint["epoch"], checkpoint["step"], checkpoint["history"]
+    for name, value in checkpoint["sums"].items():
+        run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value

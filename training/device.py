@@ -9,7 +9,7 @@ from errors import UserError
 
 
 def pick_device(name=None):
-    """torch.device of that name; without one, cuda, then mps, then cpu. Raises UserError where there is no such device."""
+    """torch.device of that name; without one, cuda, then mps, then cpu. Raises UserError where there is none such."""
     available = [
         kind
         for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
@@ -28,7 +28,7 @@ def pick_device(name=None):
 
 
 def has_bfloat16(device):
-    """Whether the device multiplies bfloat16 matrices itself, rather than by emulation (as a T4 does, which says yes)."""
+    """Whether the device multiplies bfloat16 matrices itself, rather than by emulation (as a T4, which says yes)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

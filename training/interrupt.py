@@ -44,9 +44,8 @@ class StopRequests:
         self.signum = signum
         self.__exit__()
 
-    def end(self, message):
-        """Say why the run ends here; raise Interrupted where a signal was the reason, else return None."""
-        print(message)
+    def end(self):
+        """Raises Interrupted where a signal asked for the stop."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
@@ -57,21 +56,20 @@ class StopRequests:
 class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(steps_done, sums)`; True asks it to stop.
 
-    A few times a second it reads the sums from the device and shows them in a bar; every save_minutes it calls
-    save(steps_done, sums). Raises UserError, with the epoch, the step and the learning rate, when the loss was not
-    finite: at the next refresh, at the latest when the epoch ends, and before anything is saved over a good checkpoint.
+    It keeps the run's place and time; a few times a second it reads the sums from the device and shows them in a bar;
+    every --save-minutes it saves. Raises UserError, with the epoch, the step and the learning rate, when the loss was
+    not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
     """
 
     REFRESH_SECONDS = 0.4
 
-    def __init__(self, epoch, epochs, start_step, steps_per_epoch, stop, save, save_minutes):
-        self.epoch, self.stop, self.save, self.save_seconds = epoch, stop, save, 60 * save_minutes
+    def __init__(self, run, steps_per_epoch, stop):
+        self.run, self.stop = run, stop
         self.last_step = self.last_refresh = self.last_save = time.monotonic()
-        self.sums = None
         self.bar = tqdm(
             total=steps_per_epoch,
-            initial=start_step,
-            desc=f"epoch {epoch + 1}/{epochs}",
+            initial=run.step,
+            desc=f"epoch {run.epoch + 1}/{run.args.epochs}",
             leave=False,
             disable=None if "ipykernel" not in sys.modules else False,  # None: no bar where stderr is no terminal
         )
@@ -81,31 +79,31 @@ class Watch:
 
     def __exit__(self, kind, value, traceback):
         self.bar.close()
-        if kind is None and self.sums:
-            self.refresh(self.bar.n, time.monotonic())
+        if kind is None and self.run.step:
+            self.refresh(self.run.sums)
+            self.run.sums["seconds"] += time.monotonic() - self.last_step
 
     def __call__(self, steps_done, sums):
-        self.sums = sums
         now = time.monotonic()
         sums["seconds"] += now - self.last_step
-        self.last_step = now
+        self.run.step, self.last_step = steps_done, now
         if now - self.last_refresh > self.REFRESH_SECONDS:
-            self.refresh(steps_done, now)
-        if now - self.last_save > self.save_seconds:
-            self.refresh(steps_done, now)
-            self.save(steps_done, sums)
+            self.refresh(sums)
+            self.last_refresh = now
+        if now - self.last_save > 60 * self.run.args.save_minutes:
+            self.refresh(sums)
+            self.run.save()
             self.last_save = time.monotonic()
         return self.stop.wanted()
 
-    def refresh(self, steps_done, now):
+    def refresh(self, sums):
         """Wait for the device, and show or raise what it says."""
-        self.last_refresh = now
-        bad_step = self.sums["bad_step"].item()
+        bad_step = sums["bad_step"].item()
         if bad_step >= 0:
             raise UserError(
-                f"the loss is not finite: epoch {self.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{self.sums['bad_lr'].item():.3g}; the last checkpoint was saved before; a lower --lr or --clip-grad 1 may help"
+                f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
+                f"{sums['bad_lr'].item():.3g}; the checkpoints are from before; a lower --lr or --clip-grad 1 may help"
             )
-        loss, accuracy = means(self.sums)
+        loss, accuracy = means(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {accuracy:.1%}", refresh=False)
-        self.bar.update(steps_done - self.bar.n)
+        self.bar.update(self.run.step - self.bar.n)

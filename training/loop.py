@@ -9,7 +9,7 @@ from seeding import seed_for
 
 def new_sums(device):
     """What an epoch adds up: on the device the loss over pictures, the correct ones, and the first step whose loss is
-    not finite, with its learning rate; on the host the pictures seen, the seconds taken and the last step's learning rate."""
+    not finite, with its learning rate; on the host the pictures, the seconds, and the last step's learning rate."""
     return {
         "loss": torch.zeros((), device=device),
         "correct": torch.zeros((), dtype=torch.int64, device=device),
@@ -80,7 +80,7 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(*, model, batches, precision):
-    """(loss, accuracy, logits): cross entropy and accuracy a picture, and the logits (N, classes) float32 on the device.
+    """(loss, accuracy, logits): cross entropy and accuracy a picture, logits (N, classes) float32 on the device.
 
     The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
     """

@@ -19,7 +19,7 @@ def multistep_schedule(optimizer, *, epochs, steps_per_epoch, milestones=None, g
 
 
 def cosine_factor(step, *, warmup_steps, total_steps):
-    """The learning rate after `step` optimiser steps, as a share of its peak: a line from zero, then half a cosine to zero."""
+    """The learning rate after `step` steps, as a share of its peak: a line from zero, then half a cosine to zero."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -32,11 +32,10 @@ def cosine_schedule(optimizer, *, epochs, steps_per_epoch, warmup_epochs):
     return LambdaLR(optimizer, factor)
 
 
-def make_schedule(name, optimizer, *, epochs, steps_per_epoch, milestones, gamma, warmup_epochs):
-    """The schedule that --sched names: "multistep" or "cosine"."""
-    if name == "multistep":
-        return multistep_schedule(
-            optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, milestones=milestones, gamma=gamma
-        )
-    warmup_epochs = 0.1 * epochs if warmup_epochs is None else warmup_epochs
-    return cosine_schedule(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
+def make_schedule(args, optimizer, *, steps_per_epoch):
+    """The schedule that the flags ask for (--sched, --epochs, --milestones, --gamma, --warmup-epochs)."""
+    length = {"epochs": args.epochs, "steps_per_epoch": steps_per_epoch}
+    if args.sched == "multistep":
+        return multistep_schedule(optimizer, **length, milestones=args.milestones, gamma=args.gamma)
+    warmup_epochs = 0.1 * args.epochs if args.warmup_epochs is None else args.warmup_epochs
+    return cosine_schedule(optimizer, **length, warmup_epochs=warmup_epochs)

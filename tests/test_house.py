@@ -1,0 +1,67 @@
+"""The rules of the house that a reader relies on: who imports whom, and names that are unique across files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FILES = sorted(
+    path for path in Path().glob("**/*.py") if path.parts[0] in ("models", "training") or len(path.parts) == 1
+)
+PROJECT = {path.stem for path in FILES if len(path.parts) == 1} | {"models", "training"}
+
+
+def imports(path):
+    """The dotted names that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def room(path):
+    return path.parts[0] if len(path.parts) > 1 else path.stem
+
+
+# what each room may import of the project, beside itself
+ALLOWED = {
+    "errors": set(),
+    "seeding": set(),
+    "augment": set(),
+    "shapes": set(),
+    "files": {"errors"},
+    "folders": {"errors", "files"},
+    "data": {"augment", "errors", "folders", "seeding", "shapes"},
+    "models": {"errors"},
+    "training": {"errors", "files", "seeding"},
+    "train_vit": {"data", "errors", "models", "seeding", "training"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_reaches_up(path):
+    used = {name.split(".")[0] for name in imports(path)} & PROJECT
+    assert used - {room(path)} <= ALLOWED[room(path)]
+
+
+def test_models_stand_on_torch_alone():
+    for path in FILES:
+        if room(path) == "models":
+            assert {name.split(".")[0] for name in imports(path)} <= {"torch", "torchvision", "models", "errors"}
+
+
+def test_names_at_the_top_of_files_are_unique():
+    """So that a script and all that it imports can be laid into one cell."""
+    owners = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            targets = getattr(node, "targets", [])
+            names = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            for name in names | ({node.name} if hasattr(node, "name") else set()):
+                owners.setdefault(name, set()).add(str(path))
+    assert not {name: files for name, files in owners.items() if len(files) > 1 and name != "main"}
+
+
+def test_nothing_reads_its_own_path():
+    assert not [path for path in FILES if "__file__" in path.read_text()]

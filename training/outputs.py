@@ -1,0 +1,151 @@
+"""What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json."""
+
+import csv
+import datetime
+import io
+import itertools
+import json
+import statistics
+import subprocess
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from files import write_atomically
+from training.device import device_name, peak_memory_bytes
+
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+)
+PATH_FLAGS = ("data_dir", "out_dir", "cache_dir", "run_name", "resume", "overwrite")
+
+
+def epoch_line(row, epochs):
+    """One aligned line for the terminal."""
+    width = len(str(epochs))
+    splits = "   ".join(
+        f"{split} {row[f'{split}_loss']:.4f} {row[f'{split}_accuracy']:7.2%}"
+        for split in ("train", "val", "test")
+        if row[f"{split}_loss"] is not None
+    )
+    speed = f"{row['seconds']:7.1f} s {row['images_per_second']:7,.0f} pictures/s"
+    return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
+
+
+def write_log(path, history):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def draw_curves(path, history, *, mark_falls):
+    """Loss and accuracy against the epoch; with mark_falls a dotted line wherever the learning rate fell."""
+    epochs = [row["epoch"] for row in history]
+    falls = [row["epoch"] for before, row in itertools.pairwise(history) if mark_falls and row["lr"] < before["lr"]]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        for split, colour in (("train", "C0"), ("val", "C2"), ("test", "C1")):
+            values = [row[f"{split}_{quantity}"] for row in history]
+            if values[-1] is not None:
+                axes.plot(
+                    epochs,
+                    [scale * value for value in values],
+                    colour,
+                    label=split,
+                    marker="." if len(epochs) < 30 else "",
+                )
+        for epoch in falls:
+            axes.axvline(
+                epoch - 0.5, color="grey", linestyle=":", label="learning rate fell" if epoch == falls[0] else None
+            )
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    loss.set_ylabel("loss (cross entropy)")
+    accuracy.set_ylabel("accuracy (%)")
+    loss.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def write_split(path, dataset):
+    """split.csv: which file went where."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "class", "split"))
+    for key in ("train", "val", "test"):
+        if split := getattr(dataset, key):
+            writer.writerows(
+                (name, dataset.classes[label], key) for name, label in zip(split.names, split.labels.tolist())
+            )
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_predictions(path, logits, dataset):
+    """predictions.npz: logits (N, classes) float32, labels (N,) and names (N,) of the test pictures, and classes."""
+    labels, names = dataset.test.labels.numpy(), dataset.test.names
+    arrays = {"logits": logits.cpu().numpy(), "labels": labels, "names": names, "classes": np.array(dataset.classes)}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def git_commit(script):
+    """(commit, whether the tree is clean) of the working folder; (None, None) where git does not know the script."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", script)
+        return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def write_result(path, run, *, test_accuracy, at_best_val):
+    """result.json: how a run was made and what came out of it; accuracies are fractions. Returns it as a dict."""
+    args, history, dataset = vars(run.args), run.history, run.dataset
+    on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
+    commit, clean = git_commit(run.script)
+    result = {
+        "script": run.script,
+        "recipe": args["recipe"],
+        "args": {name: value for name, value in args.items() if name not in PATH_FLAGS},
+        "model": run.model_name,
+        "params": sum(parameter.numel() for parameter in run.model.parameters()),
+        "dataset_name": dataset.name,
+        "pictures": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
+        "num_classes": len(dataset.classes),
+        "data_hash": dataset.data_hash(),
+        "epochs": len(history),
+        "seed": args["seed"],
+        "split_seed": args["split_seed"],
+        "test_accuracy": test_accuracy,
+        "val_accuracy": history[-1]["val_accuracy"],
+        "test_accuracy_at_best_val": at_best_val,
+        "best_on_test": max(on_test, default=None),
+        "weights": "raw",
+        "precision": run.precision.amp,
+        "seconds": sum(row["seconds"] for row in history),
+        "images_per_second": statistics.median(row["images_per_second"] for row in history),
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "device": device_name(run.device),
+        "torch": torch.__version__,
+        "commit": commit,
+        "clean": clean,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    return result
