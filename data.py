@@ -29,6 +29,8 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
+    """Pictures to train on, to choose by (or None) and to judge by, and what goes with them."""
+
     name: str
     classes: list[str]
     train: Split

@@ -43,4 +43,4 @@ def test_numbers_come_from_results(row):
         result["device"],
         f"{result['epochs']} epochs",
     ):
-        assert said.replace("%", " %") in row
+        assert said.replace("%", " %") in row, said

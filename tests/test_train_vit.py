@@ -143,7 +143,10 @@ def test_resume_auto_starts_goes_on_and_knows_when_it_is_done(folder_flags, tmp_
 
 def test_minutes_stop_it_without_an_error(folder_flags, capsys):
     assert train_vit.main([*folder_flags, "--minutes", "0.000001"]) is None
-    assert "stopped in epoch 1 after step 1; go on: python train_vit.py --resume" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "stopped in epoch 1 after step 1; go on: python train_vit.py --resume" in out
+    run = out.split("--resume ")[1].strip()
+    assert train_vit.main(["--resume", run])["epochs"] == 2  # the limit was that of one sitting
 
 
 def test_patience_ends_a_run_that_does_not_get_better(folder_flags, tmp_path):

@@ -58,6 +58,19 @@ def positive(text):
     return value
 
 
+def positive_fraction(text):
+    positive(text)
+    return fraction(text)
+
+
+def probability(text):
+    """A flag's type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
 def make_parser(description, *, recipes, datasets):
     """A parser with the flags of every training script; the script adds those of its model."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,19 +157,6 @@ def make_parser(description, *, recipes, datasets):
     return parser
 
 
-def positive_fraction(text):
-    positive(text)
-    return fraction(text)
-
-
-def probability(text):
-    """A flag's type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return value
-
-
 def given_arguments(parser, argv):
     """The flags on the command line alone, as a dict, without any default."""
     everything = parser.parse_args([])
@@ -197,4 +197,4 @@ def resumed_arguments(given, checkpoint, folder, *, models):
     if different:
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     changed = {name: value for name, value in given.items() if name in FREE_FLAGS}
-    return argparse.Namespace(**{**saved, **changed})
+    return argparse.Namespace(**{**saved, "minutes": None, **changed})  # a limit is one of a sitting, not of the run
