@@ -24,3 +24,15 @@ def write_atomically(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def make_folder(path):
+    """Make a folder to write to, and return it. Raises UserError where nothing can be written there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+    write_atomically(path / ".writable", lambda file: None)
+    (path / ".writable").unlink()
+    return path

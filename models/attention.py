@@ -14,14 +14,19 @@ def explicit_attention(q, k, v, dropout_p=0.0):
     return weights @ v
 
 
+FUSED = F.scaled_dot_product_attention
+
+
 def attend(q, k, v, dropout_p=0.0):
     """Scaled dot-product attention on (B, heads, N, d), fused or written out.
 
     The rule: written out on a CPU in bfloat16 with at most 400 tokens, fused everywhere else. Forward and backward on
     two Zen 5 cores, 24 to 32 channels a head, the fused kernel took 7 times as long at 17 tokens, 4 to 5 times at 65,
-    1.5 to 2.4 times at 257, as long at 577, and less in float32.
+    1.5 to 2.4 times at 257, as long at 577, and less in float32. While torch's function is replaced, to record the
+    weights, that is called.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 400:
+    recorded = F.scaled_dot_product_attention is not FUSED  # somebody has put a function of theirs in its place
+    if not recorded and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 400:
         return explicit_attention(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 

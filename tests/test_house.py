@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 FILES = sorted(
-    path for path in Path().glob("**/*.py") if path.parts[0] in ("models", "training") or len(path.parts) == 1
+    path for path in Path().glob("**/*.py") if path.parts[0] in ("maps", "models", "training") or len(path.parts) == 1
 )
-PROJECT = {path.stem for path in FILES if len(path.parts) == 1} | {"models", "training"}
+PROJECT = {path.stem for path in FILES if len(path.parts) == 1} | {"maps", "models", "training"}
 
 
 def imports(path):
@@ -35,6 +35,9 @@ ALLOWED = {
     "data": {"augment", "errors", "folders", "seeding", "shapes"},
     "models": {"errors"},
     "training": {"errors", "files", "seeding"},
+    "maps": {"data", "errors", "files", "folders", "models", "shapes", "training"},
+    "attribute": {"errors", "files", "maps"},
+    "rollout": {"errors", "files", "maps", "training"},
     "train_vit": {"data", "errors", "models", "seeding", "training"},
 }
 

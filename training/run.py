@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from errors import UserError
-from files import write_atomically
+from files import make_folder
 from training.checkpoint import check_same_pictures, make_checkpoint, open_checkpoint, restore_training, save_checkpoint
 from training.device import peak_memory_bytes
 from training.loop import means, new_sums, validate
@@ -55,15 +55,10 @@ def is_taken(folder):
 
 def prepare_folder(folder, *, resuming):
     """Make the run's folder; a run that is to be replaced leaves it. Raises UserError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in WRITTEN if not resuming else ():
-            for path in folder.glob(pattern):
-                path.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror})") from error
-    write_atomically(folder / ".writable", lambda file: None)
-    (folder / ".writable").unlink()
+    make_folder(folder)
+    for pattern in WRITTEN if not resuming else ():
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def finished_result(folder):

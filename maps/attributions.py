@@ -1,0 +1,111 @@
+"""Pixel attributions by Captum, one picture's worth of memory at a time.
+
+Each function takes a model, normalised pictures (B, C, H, W) and classes (B,), and gives (maps, delta): maps (B, h, w),
+not negative, and the convergence delta (B,), how far the attributions are from adding up to what they explain, where
+the method has one, else None. The baseline, where there is one, is the mean colour: zero after normalisation.
+"""
+
+import torch
+from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
+
+from errors import UserError
+
+INTERNAL_BATCH = 256  # the most pictures that a method pushes through the model at once
+STEPS_OF_PATH = 50  # of integrated gradients
+SAMPLES = 20  # of gradient SHAP
+
+
+def strength(attributions):
+    """Attributions (B, C, H, W) to maps (B, H, W): the size of the sum over channels."""
+    return attributions.detach().sum(1).abs()
+
+
+def saliency(model, pictures, classes):
+    """|∂ logit / ∂ pixel|, the largest over channels (Simonyan et al. 2014)."""
+    return Saliency(model).attribute(pictures.clone().requires_grad_(), target=classes).detach().amax(1), None
+
+
+def input_x_gradient(model, pictures, classes):
+    """Pixel times gradient, from the mean colour (Shrikumar et al. 2017)."""
+    return strength(InputXGradient(model).attribute(pictures.clone().requires_grad_(), target=classes)), None
+
+
+def integrated_gradients(model, pictures, classes):
+    """Gradients along the straight line from the mean colour (Sundararajan et al. 2017), in steps of 1/50."""
+    attributions, delta = IntegratedGradients(model).attribute(
+        pictures,
+        target=classes,
+        n_steps=STEPS_OF_PATH,
+        internal_batch_size=max(INTERNAL_BATCH, len(pictures)),
+        return_convergence_delta=True,
+    )
+    return strength(attributions), delta
+
+
+def gradient_shap(model, pictures, classes):
+    """Expected gradients from random points between noisy pictures and the mean colour (Lundberg & Lee 2017)."""
+    found, deltas = [], []
+    share = max(1, INTERNAL_BATCH // SAMPLES)
+    baselines = torch.zeros_like(pictures[:1])
+    for chunk, targets in zip(pictures.split(share), classes.split(share), strict=True):
+        attributions, delta = GradientShap(model).attribute(
+            chunk, baselines, target=targets, n_samples=SAMPLES, stdevs=0.1, return_convergence_delta=True
+        )
+        found.append(strength(attributions))
+        deltas.append(delta.unflatten(0, (len(chunk), SAMPLES)).mean(1))
+    return torch.cat(found), torch.cat(deltas)
+
+
+def occlusion(model, pictures, classes):
+    """How much the logit falls when a square of a quarter of the picture's side is covered (Zeiler & Fergus 2014)."""
+    channels, height, width = pictures.shape[1:]
+    window = (max(1, height // 4), max(1, width // 4))
+    attributions = Occlusion(model).attribute(
+        pictures,
+        target=classes,
+        sliding_window_shapes=(channels, *window),
+        strides=(channels, max(1, window[0] // 2), max(1, window[1] // 2)),
+        baselines=0,
+        perturbations_per_eval=max(1, INTERNAL_BATCH // len(pictures)),
+    )
+    return attributions.detach().sum(1).clamp(min=0), None
+
+
+def grad_cam(model, pictures, classes):
+    """Grad-CAM (Selvaraju et al. 2017): of the last stage of a ResNet (`layer4`), or of a transformer's tokens.
+
+    For tokens the features are what enters the attention of the last block: after it only the class token counts.
+    Raises UserError for a model with neither.
+    """
+    if hasattr(model, "blocks"):
+        return token_grad_cam(model, pictures, classes), None
+    if not hasattr(model, "layer4"):
+        raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4")
+    cam = LayerGradCam(model, model.layer4).attribute(pictures, target=classes, relu_attributions=True)
+    return cam.detach()[:, 0], None
+
+
+def token_grad_cam(model, pictures, classes):
+    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, on the model's own grid."""
+    kept = []
+    hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    try:
+        with torch.enable_grad():
+            logits = model(pictures)
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept)
+    finally:
+        hook.remove()
+    features = kept[0].detach()  # (B, N, dim), the class token first where there is one
+    importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
+    rows, columns = model.grid
+    return (features * importance).sum(2).clamp(min=0)[:, -rows * columns :].unflatten(1, (rows, columns))
+
+
+ATTRIBUTIONS = {
+    "saliency": saliency,
+    "input_x_gradient": input_x_gradient,
+    "integrated_gradients": integrated_gradients,
+    "gradient_shap": gradient_shap,
+    "occlusion": occlusion,
+    "grad_cam": grad_cam,
+}

@@ -1,0 +1,159 @@
+"""How good is a map: against the mask of the object, and by what happens when its patches go."""
+
+import torch
+import torch.nn.functional as F
+
+STEPS = 10  # of deletion and insertion: a tenth of the patches each
+
+
+def comparable(maps):
+    """Maps (B, H, W) as shares of their maximum, rounded to 1e-6, so that what is equal but for rounding is a tie."""
+    maps = maps.double().clamp(min=0)
+    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)).mul(1e6).round() / 1e6
+
+
+def to_pixels(maps, size):
+    """Maps (B, h, w) enlarged to size (H, W), bilinearly."""
+    return F.interpolate(maps[:, None].double(), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def pointing_game(maps, masks):
+    """(B,): 1 where the map's maximum lies in the mask (Zhang et al. 2016); of several maxima, the share that does."""
+    highest = maps == maps.amax((1, 2), keepdim=True)
+    return (highest & masks).sum((1, 2)).double() / highest.sum((1, 2))
+
+
+def mass_ratio(maps, masks):
+    """(B,): the share of the map's mass inside the mask, over the mask's share of the picture; 1 for a uniform map."""
+    inside = (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-30)
+    return inside / masks.double().mean((1, 2))
+
+
+def average_precision(maps, masks):
+    """(B,): average precision of the map as a segmenter of pixels; the mask's share for a uniform map."""
+    scores, order = maps.flatten(1).sort(dim=1, descending=True)
+    hits = masks.flatten(1).gather(1, order).double()
+    count = scores.shape[1]
+    positions = torch.arange(count, device=maps.device)
+    precision = hits.cumsum(1) / (positions + 1)
+    # pixels of one score enter together: each takes the precision at the last of them
+    is_last = torch.ones_like(scores, dtype=torch.bool)
+    is_last[:, :-1] = scores[:, :-1] != scores[:, 1:]
+    last = torch.where(is_last, positions, count).flip(1).cummin(1).values.flip(1)
+    return (precision.gather(1, last) * hits).sum(1) / hits.sum(1)
+
+
+def segmentation(maps, masks):
+    """(B,) pixel accuracy and (B,) mean IoU of object and background, of the pixels above the map's mean."""
+    chosen = maps > maps.mean((1, 2), keepdim=True)
+    accuracy = (chosen == masks).double().mean((1, 2))
+    ious = []
+    for a, b in ((chosen, masks), (~chosen, ~masks)):
+        ious.append((a & b).sum((1, 2)).double() / (a | b).sum((1, 2)).clamp(min=1))
+    return accuracy, (ious[0] + ious[1]) / 2
+
+
+def against_masks(maps, masks, outlines):
+    """{measure: (B,)} of maps (B, h, w) against masks and outlines (B, H, W) bool, the maps enlarged to their size."""
+    maps = comparable(to_pixels(maps, masks.shape[1:]))
+    accuracy, miou = segmentation(maps, masks)
+    return {
+        "pointing": pointing_game(maps, masks),
+        "pointing_filled": pointing_game(maps, outlines),
+        "mass_ratio": mass_ratio(maps, masks),
+        "average_precision": average_precision(maps, masks),
+        "pixel_accuracy": accuracy,
+        "miou": miou,
+    }
+
+
+@torch.no_grad()
+def deletion_and_insertion(model, pictures, maps, classes):
+    """Two (B, STEPS + 1): the probability of `classes` (B,) while the patches of normalised pictures (B, C, H, W) are
+    replaced by the mean colour, the most relevant first, and while they come back into a picture of nothing else
+    (Petsiuk et al. 2018). maps is (B, rows, columns), a value a patch.
+    """
+
+    def probability(inputs):
+        probabilities = model(inputs).float().softmax(1).expand(len(classes), -1)
+        return probabilities.gather(1, classes[:, None])[:, 0]
+
+    rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    whole, empty = probability(pictures), probability(torch.zeros_like(pictures[:1]))  # the mean colour is zero
+    deletion, insertion = [whole], [empty]
+    for step in range(1, STEPS):
+        chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
+        chosen = F.interpolate(chosen[:, None].float(), pictures.shape[2:], mode="nearest")
+        deletion.append(probability(pictures * (1 - chosen)))
+        insertion.append(probability(pictures * chosen))
+    return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
+
+
+def area_under(curves):
+    """(B,): the area under curves (B, steps) over the unit interval, by trapezoids."""
+    return torch.trapezoid(curves.double(), dx=1 / (curves.shape[1] - 1), dim=1)
+
+
+def centred_gaussian(grid):
+    """A map (rows, columns) that always points at the centre; its standard deviation is a quarter of each side."""
+    rows, columns = (((torch.arange(n) + 0.5) / n - 0.5) * 4 for n in grid)
+    return torch.exp(-0.5 * (rows[:, None] ** 2 + columns[None, :] ** 2))
+
+
+def mean_and_error(values):
+    """The mean of (N,) values and its standard error."""
+    values = values.double()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None):
+    """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all pictures.
+
+    batches yields normalised pictures (B, C, H, W); explainers are functions of (pictures, classes)
+    that give maps (B, h, w), classes being those that the model predicts. masks and outlines are (N, H, W) bool, or
+    None where it is not known where the object is. A map of more pixels than patches is averaged over each patch
+    before deletion and insertion, whose many passes alone are in mixed precision.
+    """
+    found = {name: {} for name in explainers}
+    start = 0
+    for pictures in batches:
+        with torch.no_grad():
+            classes = model(pictures).argmax(1)
+        for name, explain in explainers.items():
+            maps = explain(pictures, classes)
+            scores = {}
+            if masks is not None:
+                stop = start + len(pictures)
+                scores |= against_masks(maps, masks[start:stop].to(maps.device), outlines[start:stop].to(maps.device))
+            if name != "uniform":  # it has no order
+                patches = F.adaptive_avg_pool2d(maps[:, None], model.grid)[:, 0]
+                with precision.autocast():
+                    deletion, insertion = deletion_and_insertion(model, pictures, patches, classes)
+                scores |= {"deletion": deletion, "insertion": insertion}
+            for measure, values in scores.items():
+                found[name].setdefault(measure, []).append(values.cpu())
+        start += len(pictures)
+
+    table, curves = {}, {}
+    for name, measures in found.items():
+        measures = {measure: torch.cat(values) for measure, values in measures.items()}
+        curves[name] = {m: values.mean(0).tolist() for m, values in measures.items() if values.ndim == 2}
+        table[name] = {m: mean_and_error(v if v.ndim == 1 else area_under(v)) for m, v in measures.items()}
+    return table, curves
+
+
+def baselines(grid):
+    """Maps that know nothing of the picture, beside which a number means something: uniform, Gaussian, random."""
+
+    def repeated(one):
+        return lambda pictures, classes: one.to(pictures.device).expand(len(pictures), -1, -1)
+
+    def random(pictures, classes):
+        generator = torch.Generator().manual_seed(len(pictures))
+        return torch.rand(len(pictures), *grid, generator=generator).to(pictures.device)
+
+    return {
+        "uniform": repeated(torch.ones(grid)),
+        "centred gaussian": repeated(centred_gaussian(grid)),
+        "random": random,
+    }

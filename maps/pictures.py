@@ -1,0 +1,97 @@
+"""The pictures that a checkpoint is asked about: of its test set, or photographs."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import load_dataset
+from errors import UserError
+from folders import decode_picture
+from shapes import make_shapes
+
+
+class Explained(NamedTuple):
+    name: str  # of the files that are written
+    shown: np.ndarray  # (H, W, 3) uint8, as large as there is
+    pixels: torch.Tensor  # (3, S, S) uint8, as the model gets it
+    label: int | None  # None for a photograph, whose class nobody said
+
+
+def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
+    """The dataset that a checkpoint was trained on, split as it was then."""
+    args = checkpoint["args"]
+    return load_dataset(
+        args["dataset"],
+        data_dir=data_dir or args["data_dir"],
+        image_size=checkpoint["image_size"],
+        val_fraction=args["val_fraction"],
+        test_fraction=args["test_fraction"],
+        split_seed=args["split_seed"],
+        cache_dir=cache_dir or args["cache_dir"],
+        dataset_name=args["dataset_name"],
+    )
+
+
+def chosen_pictures(dataset, indices):
+    """Explained pictures of the test set. Raises UserError for an index that is not there."""
+    test = dataset.test
+    for index in indices:
+        if not 0 <= index < len(test.labels):
+            raise UserError(f"--index {index}: there are {len(test.labels)} test pictures, 0 to {len(test.labels) - 1}")
+    return [
+        Explained(
+            str(index), test.pictures[index].permute(1, 2, 0).numpy(), test.pictures[index], test.labels[index].item()
+        )
+        for index in indices
+    ]
+
+
+def photographs(paths, image_size):
+    """Explained pictures of files of any size. Raises UserError for one that cannot be read."""
+    return [
+        Explained(
+            path.stem,
+            decode_picture(path, max(256, image_size)).transpose(1, 2, 0),
+            torch.tensor(decode_picture(path, image_size)),
+            None,
+        )
+        for path in paths
+    ]
+
+
+def normalised(pixels, checkpoint, device="cpu"):
+    """Pictures (B, 3, S, S) uint8 as the checkpoint's model expects them, by the mean and std that it came with."""
+    mean, std = (torch.tensor(checkpoint[key], device=device)[:, None, None] for key in ("mean", "std"))
+    return (pixels.to(device).float() / 255 - mean) / std
+
+
+def object_masks(checkpoint, dataset, indices):
+    """(masks, outlines), (N, S, S) bool each, of chosen test pictures of `shapes`; (None, None) for other datasets."""
+    if checkpoint["args"]["dataset"] != "shapes":
+        return None, None
+    shapes = make_shapes("test")
+    size = dataset.test.pictures.shape[2:]
+    return tuple(
+        F.interpolate(m[indices, None].float(), size, mode="nearest")[:, 0].bool()
+        for m in (shapes.masks, shapes.outlines)
+    )
+
+
+def find_class(text, classes):
+    """The number of a class that is given by its name or number. Raises UserError that lists them."""
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise UserError(f"--target {text}: the classes are {', '.join(classes)}, or 0 to {len(classes) - 1}")
+
+
+def caption_of(explained, probabilities, classes):
+    """What is predicted and what is true, with probabilities."""
+    best = int(probabilities.argmax())
+    caption = f"predicted {classes[best]} ({probabilities[best]:.0%})"
+    if explained.label is not None:
+        caption += f"\ntrue {classes[explained.label]} ({probabilities[explained.label]:.0%})"
+    return caption

@@ -1,0 +1,213 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from errors import UserError
+from maps.recorder import AttentionRecorder
+from models import build_model
+
+
+def small_vit(**options):
+    torch.manual_seed(0)
+    options = {"embed_dim": 32, "depth": 3, "num_heads": 4} | options
+    return build_model("vit", **options).eval()
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+
+def torchvision_vit():
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64
+    )
+
+
+def timm_vit():
+    return timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)
+
+
+PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(1))
+MODELS = {
+    "ours": (lambda: small_vit(patch_size=8), PICTURES),
+    "torchvision": (torchvision_vit, PICTURES),
+    "timm": (timm_vit, PICTURES),
+    "nn.TransformerEncoder": (encoder, TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_is_recorded_and_the_output_stays_the_same(name):
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        expected = model(inputs)
+        with AttentionRecorder(model) as recorder:
+            recorded = model(inputs)
+        after = model(inputs)
+    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
+    assert torch.equal(after, expected)
+    assert [tuple(a.shape) for a in recorder.attentions] == [(2, 4, 17, 17)] * 3
+    for attention in recorder.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 17), rtol=0, atol=1e-5)
+
+
+def test_torchvisions_vit_b_16_as_it_is():
+    model = torchvision.models.vit_b_16().eval()
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 224, 224))
+    assert [tuple(a.shape) for a in recorder.attentions] == [(1, 12, 197, 197)] * 12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_times_values_are_the_layers_output(name, monkeypatch):
+    """The values and the outputs of torch's own kernel are taken in a pass of their own, without the recorder."""
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    fused, passed = F.scaled_dot_product_attention, []
+
+    def spy(query, key, value, *args, **options):
+        output = fused(query, key, value, *args, **options)
+        passed.append((value, output))
+        return output
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", spy)
+            torch.backends.mha.set_fastpath_enabled(False)
+            model(inputs)
+            torch.backends.mha.set_fastpath_enabled(True)
+        with AttentionRecorder(model) as recorder:
+            model(inputs)
+    assert len(passed) == 3
+    for attention, (value, output) in zip(recorder.attentions, passed, strict=True):
+        torch.testing.assert_close(attention @ value, output, rtol=0, atol=1e-5)
+
+
+def test_masks_causality_and_scale_are_torchs():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator)
+    shared_k, shared_v = torch.randn(2, 2, 2, 6, 8, generator=generator)
+    additive = torch.randn(6, 6, generator=generator)
+    cases = [
+        ((q, k, v), {"attn_mask": additive}),
+        ((q, k, v), {"attn_mask": (additive > 0) | torch.eye(6, dtype=torch.bool)}),
+        ((q, k, v), {"is_causal": True}),
+        ((q, k, v), {"scale": 0.7}),
+        ((q, shared_k, shared_v), {"enable_gqa": True}),
+    ]
+
+    class OneCall(nn.Module):
+        def forward(self, inputs, options):
+            return F.scaled_dot_product_attention(*inputs, **options)
+
+    model = OneCall()
+    for inputs, options in cases:
+        expected = model(inputs, options)
+        with AttentionRecorder(model):
+            torch.testing.assert_close(model(inputs, options), expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_weights():
+    """Against a finite difference: the score moves by gradient times nudge."""
+    model = small_vit().double()
+    pictures = PICTURES.double()
+    with AttentionRecorder(model, gradients=True) as recorder:
+        model(pictures)[:, 3].sum().backward()
+    assert [g.shape for g in recorder.gradients] == [a.shape for a in recorder.attentions]
+    gradient = recorder.gradients[1]
+
+    nudge = torch.zeros_like(gradient)
+    nudge[0, 2, 5, 7] = 1e-6
+    calls = []
+
+    class Nudged(AttentionRecorder):
+        def keep(self, weights):
+            super().keep(weights)
+            calls.append(1)
+            if len(calls) == 2:
+                weights += nudge
+
+    with torch.no_grad():
+        plain = model(pictures)[:, 3].sum()
+        with Nudged(model):
+            nudged = model(pictures)[:, 3].sum()
+    assert ((nudged - plain) / 1e-6).item() == pytest.approx(gradient[0, 2, 5, 7].item(), rel=1e-3)
+
+
+def test_frozen_models_give_gradients_too():
+    model = small_vit().requires_grad_(False)
+    with AttentionRecorder(model, gradients=True) as recorder:
+        model(PICTURES)[:, 0].sum().backward()
+    assert len(recorder.gradients) == 3 and recorder.gradients[0].abs().max() > 0
+
+
+def test_asking_for_gradients_that_are_not_there():
+    model = small_vit()
+    with AttentionRecorder(model) as recorder:
+        model(PICTURES)
+    with pytest.raises(RuntimeError, match="no gradients yet"):
+        _ = recorder.gradients
+
+
+def test_everything_is_put_back_also_after_an_exception():
+    model = small_vit()
+    before = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(KeyError), AttentionRecorder(model):
+        assert F.scaled_dot_product_attention is not before[0]
+        raise KeyError("something else")
+    with pytest.raises(RuntimeError), AttentionRecorder(model):
+        model(torch.zeros(1, 5, 32, 32))
+    assert (F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()) == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_each_pass_replaces_the_one_before_and_other_models_are_not_recorded():
+    model, other = small_vit(), small_vit(depth=5)
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(PICTURES)
+        first = recorder.attentions[0]
+        other(PICTURES)
+        assert len(recorder.attentions) == 3
+        model(PICTURES.flip(0))
+    assert torch.allclose(first.flip(0), recorder.attentions[0], atol=1e-6) and len(recorder.attentions) == 3
+
+
+def test_a_model_without_attention_is_told_where_to_go():
+    model = torchvision.models.resnet18(num_classes=10)
+    with pytest.raises(UserError, match="ResNet has no attention to record: attribute.py"), AttentionRecorder(model):
+        model(PICTURES)
+
+
+def test_softmaxes_that_are_modules_are_taken_by_a_hook():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = nn.ModuleDict({"softmax": nn.Softmax(-1)})
+            self.pool = nn.ModuleDict({"softmax": nn.Softmax(1)})
+
+        def forward(self, x):
+            weights = self.graph["softmax"](x[:, None] + x[:, None].mT)  # (B, 1, N, N)
+            return self.pool["softmax"]((weights[:, 0] @ x).mean(-1, keepdim=True)).mT @ x
+
+    x = torch.randn(2, 6, 6)
+    with AttentionRecorder(Pooled()) as recorder:
+        recorder.model(x)
+    assert recorder.attentions[0].shape == (2, 1, 6, 6) and recorder.pooling.shape == (2, 6)
+    torch.testing.assert_close(recorder.pooling.sum(1), torch.ones(2))
+
+
+def test_under_autocast_and_in_training_mode_our_own_layers_are_recorded():
+    """There attend() would otherwise take its own way, past torch's function."""
+    model = small_vit().train()
+    with torch.autocast("cpu", torch.bfloat16), AttentionRecorder(model, gradients=True) as recorder:
+        model(PICTURES)[:, 0].sum().backward()
+    assert len(recorder.attentions) == 3 and recorder.attentions[0].dtype == torch.float32
+    assert recorder.gradients[2].abs().max() > 0
