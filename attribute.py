@@ -12,7 +12,7 @@ import torch
 
 from errors import run_script
 from files import write_atomically
-from maps.arguments import explaining_parser, open_for_explaining, output_folder
+from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
 from maps.attributions import ATTRIBUTIONS
 from maps.draw import draw_attributions
 from maps.pictures import caption_of, find_class, normalised
@@ -29,7 +29,8 @@ def attribute_pictures(args, model, checkpoint, chosen, out):
     """Write a picture each: a row for every method and class; and the raw maps. Returns the paths."""
     classes = checkpoint["classes"]
     targets = [find_class(name, classes) for name in args.target or ()]
-    methods = ATTRIBUTIONS if args.method == "all" else (args.method,)
+    methods = chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
+    label = methods[0] if len(methods) == 1 else "all"
     device = next(model.parameters()).device
     written = []
     for explained in chosen:
@@ -48,7 +49,7 @@ def attribute_pictures(args, model, checkpoint, chosen, out):
                 path = out / f"{explained.name}-{method}-{classes[target]}.npy"
                 write_atomically(path, lambda file, one_map=one_map: np.save(file, one_map))
                 written.append(path)
-        path = out / f"{explained.name}-{args.method}.{args.format}"
+        path = out / f"{explained.name}-{label}.{args.format}"
         caption = caption_of(explained, probabilities, classes)
         draw_attributions(path, explained.shown, caption, rows, interpolation=args.interpolation, dpi=args.dpi)
         written.append(path)
@@ -63,8 +64,8 @@ def main(argv=None):
     torch.manual_seed(0)  # of the methods that draw at random
     if args.evaluate:
         explainers = {
-            name: lambda inputs, classes, method=method: method(model, inputs, classes)[0]
-            for name, method in ATTRIBUTIONS.items()
+            name: lambda inputs, classes, name=name: ATTRIBUTIONS[name](model, inputs, classes)[0]
+            for name in chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
         }
         written = evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out)
     else:

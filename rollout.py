@@ -16,18 +16,18 @@ import torch
 
 from errors import run_script
 from files import write_atomically
-from maps.arguments import explaining_parser, open_for_explaining, output_folder
+from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
 from maps.draw import draw_layers, draw_matrix, draw_panel
 from maps.methods import (
     METHODS,
     attention_maps,
     gradient_rollout,
     maps_as_reported,
+    model_maps,
     raw,
     relevance,
     report,
     rollout,
-    tokens_to_map,
 )
 from maps.pictures import caption_of, find_class, normalised
 from maps.record import evaluate_checkpoint
@@ -51,7 +51,8 @@ def rollout_parser():
 def draw_maps(args, model, checkpoint, chosen, out):
     """Write the maps of the chosen pictures, each by itself and all in one panel; returns the paths."""
     classes = checkpoint["classes"]
-    methods = METHODS if args.method == "all" else (args.method,)
+    methods = chosen_methods(args, METHODS, default="rollout")
+    label = methods[0] if len(methods) == 1 else "all"
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     device = next(model.parameters()).device
     inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)
@@ -70,19 +71,19 @@ def draw_maps(args, model, checkpoint, chosen, out):
         return written[-1]
 
     for explained, caption, maps in zip(chosen, captions, found, strict=True):
-        draw_panel(path_of(explained.name, args.method), [explained.shown], [caption], [maps], **look)
+        draw_panel(path_of(explained.name, label), [explained.shown], [caption], [maps], **look)
         for method, one_map in maps.items():
             path = out / f"{explained.name}-{method}.npy"
             write_atomically(path, lambda file, one_map=one_map: np.save(file, one_map))
             written.append(path)
     if len(chosen) > 1:
-        draw_panel(path_of("panel", args.method), [e.shown for e in chosen], captions, found, **look)
+        draw_panel(path_of("panel", label), [e.shown for e in chosen], captions, found, **look)
     if args.layers or args.matrix:
         with torch.no_grad(), AttentionRecorder(model) as recorder:
             model(inputs)
         for i, (explained, caption) in enumerate(zip(chosen, captions, strict=True)):
             if args.layers:
-                heads = [tokens_to_map(a[i], model.grid, pooled(recorder, i, a.shape[1])) for a in recorder.attentions]
+                heads = [model_maps(model, a[i], pooled(recorder, i, a.shape[1])) for a in recorder.attentions]
                 maps = torch.stack(heads).cpu().numpy()
                 draw_layers(path_of(explained.name, "layers"), explained.shown, caption, maps, **look)
             if args.matrix:
@@ -97,16 +98,22 @@ def pooled(recorder, index, heads):
 
 
 def explainers(model, args):
-    """All methods, and the report's own way of running: {name: function of (pictures, classes)} (see evaluate)."""
+    """The chosen methods, and the report's own way of running: {name: function of (pictures, classes)}.
+
+    The names say which options were not the default, so that several evaluations fill one table.
+    """
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
+    suffix = f" ({args.head_fusion}, discard {args.discard_ratio:g})" if tuple(options.values()) != ("mean", 0) else ""
 
     def way(method):
         return lambda inputs, classes: attention_maps(model, inputs, [method], targets=classes, **options)[0][method]
 
-    return {method: way(method) for method in METHODS} | {
-        "report, as it was run": lambda pictures, classes: maps_as_reported(model, pictures, join=report),
-        "rollout, run that way": lambda pictures, classes: maps_as_reported(model, pictures, join=rollout),
-    }
+    found = {method + suffix: way(method) for method in chosen_methods(args, METHODS, default="rollout")}
+    if "report" in found:
+        found["report, as it was run"] = lambda inputs, classes: maps_as_reported(model, inputs, join=report)
+    if "rollout" in found:
+        found["rollout, run that way"] = lambda inputs, classes: maps_as_reported(model, inputs, join=rollout)
+    return found
 
 
 def main(argv=None):

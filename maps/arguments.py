@@ -12,7 +12,7 @@ from training.device import pick_device
 
 
 def explaining_parser(description, methods, *, default):
-    """A parser with the flags of both scripts; each adds those of its methods."""
+    """A parser with the flags of both scripts, --method being one of methods, default or all; each adds its own."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or a checkpoint in it")
     parser.add_argument(
@@ -20,7 +20,7 @@ def explaining_parser(description, methods, *, default):
     )
     parser.add_argument("--index", type=int, nargs="+", metavar="N", help="pictures of the test set (0 1 2 3)")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="photographs, of any size")
-    parser.add_argument("--method", choices=(*methods, "all"), default=default, help=f"({default})")
+    parser.add_argument("--method", choices=(*methods, "all"), help=f"({default}; with --evaluate all)")
     parser.add_argument("--data-dir", help="where the pictures are now (where they were)")
     parser.add_argument("--cache-dir", help="where decoded folders are kept (the user's cache folder)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
@@ -36,6 +36,12 @@ def explaining_parser(description, methods, *, default):
     measuring.add_argument("--pictures", type=at_least(2), default=1000, metavar="N", help="how many of them (1000)")
     measuring.add_argument("--batch-size", type=at_least(1), default=100, help="of them at once (100)")
     return parser
+
+
+def chosen_methods(args, methods, *, default):
+    """The names of the methods to use, of all `methods`."""
+    name = args.method or ("all" if args.evaluate else default)
+    return tuple(methods) if name == "all" else (name,)
 
 
 def open_for_explaining(args):

@@ -53,7 +53,7 @@ def draw_panel(path, pictures, captions, maps, *, interpolation="bilinear", dpi=
 
 
 def draw_attributions(path, picture, caption, rows, *, interpolation="bilinear", dpi=150):
-    """A row for each (title, map (h, w)): the picture, the map alone, over the picture, and the picture masked by it."""
+    """A row for each (title, map (h, w)): the picture, the map alone, the map over it, and the picture masked by it."""
     figure = Figure(figsize=(10, 2.5 * len(rows) + 0.1), layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
     size = picture.shape[:2]
@@ -101,17 +101,18 @@ def draw_matrix(path, matrix, caption, *, dpi=150):
 
 def draw_deletion_curves(path, curves, caption, *, dpi=150):
     """Deletion and insertion: the predicted class's probability against the share of patches that went or came."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), strict=True):
-        for name, found in curves.items():
-            if measure in found:
-                values = found[measure]
-                share = [100 * step / (len(values) - 1) for step in range(len(values))]
-                axes.plot(share, values, label=name.replace("_", " "), linestyle="--" if name == "random" else "-")
-        axes.set_xlabel(f"patches by {measure} (%)")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, measure, better in zip(panels, ("deletion", "insertion"), ("lower", "higher"), strict=True):
+        found = {name: values[measure] for name, values in curves.items() if measure in values}
+        for number, (name, values) in enumerate(found.items()):
+            share = [100 * step / (len(values) - 1) for step in range(len(values))]
+            style = ":" if name in ("random", "centred gaussian") else ("-", "--")[number // 10 % 2]
+            axes.plot(share, values, f"C{number % 10}", linestyle=style, label=name.replace("_", " "))
+        axes.set_xlabel("patches deleted (%)" if measure == "deletion" else "patches inserted (%)")
         axes.grid(alpha=0.3)
-        axes.set_title(f"{measure}: {'lower' if measure == 'deletion' else 'higher'} is better", fontsize=9)
-    figure.axes[0].set_ylabel("probability of the predicted class")
-    figure.axes[0].legend(fontsize=7)
+        axes.set_title(f"{measure}: {better} is better", fontsize=9)
+    panels[0].set_ylabel("probability of the predicted class")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, path, dpi)

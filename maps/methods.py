@@ -106,8 +106,20 @@ def tokens_to_map(matrix, grid, pooling=None):
     return row.unflatten(1, (rows, columns))
 
 
+def model_maps(model, matrix, pooling=None):
+    """Maps of a model's matrices (B, N, N): (B, rows, columns), or where the model pads its pictures (B, H, W), a value
+    a pixel, without what lies in the padding.
+    """
+    maps = tokens_to_map(matrix, model.grid, pooling)
+    _, right, _, bottom = getattr(model, "padding", (0, 0, 0, 0))
+    if not right and not bottom:
+        return maps
+    pixels = maps.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)
+    return pixels[:, : pixels.shape[1] - bottom, : pixels.shape[2] - right]
+
+
 def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean", discard_ratio=0.0):
-    """({method: maps (B, rows, columns)}, logits (B, classes)) of pictures (B, C, H, W), in the model's present mode.
+    """({method: maps (B, h, w)}, logits (B, classes)) of pictures (B, C, H, W), in the model's present mode.
 
     targets (B,) are the classes that methods with gradients explain, the predicted ones where none are given. One
     forward pass serves all methods. Raises UserError for a model without attention.
@@ -129,12 +141,12 @@ def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean"
             discard_ratio=discard_ratio,
             class_token=recorder.pooling is None,
         )
-        maps[method] = tokens_to_map(matrix, model.grid, recorder.pooling)
+        maps[method] = model_maps(model, matrix, recorder.pooling)
     return maps, logits.detach()
 
 
 def maps_as_reported(model, pictures, *, join=report):
-    """Maps (B, rows, columns) the report's way: in training mode, with a forward pass of its own for every layer, so
+    """Maps (B, h, w) the report's way: in training mode, with a forward pass of its own for every layer, so
     that no two layers belong to the same dropout masks. join makes one matrix of the layers.
     """
     training = model.training
@@ -146,4 +158,4 @@ def maps_as_reported(model, pictures, *, join=report):
             model(pictures)
             layers.append(recorder.attentions[layer])
     model.train(training)
-    return tokens_to_map(join(layers), model.grid, recorder.pooling)
+    return model_maps(model, join(layers), recorder.pooling)

@@ -159,6 +159,20 @@ def test_maps_of_a_model_whose_grid_is_not_square():
     torch.testing.assert_close(found["relevance"], expected, **EXACT)
 
 
+def test_the_padding_of_a_picture_is_no_part_of_its_map():
+    torch.manual_seed(0)
+    model = build_model("vit", patch_size=6, pad=True, embed_dim=16, depth=2, num_heads=2).eval()
+    pictures = torch.randn(2, 3, 32, 32)
+    found, _ = methods.attention_maps(model, pictures, ["rollout"])
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(pictures)
+    patches = methods.rollout(recorder.attentions)[:, 0, 1:].reshape(2, 6, 6)
+    assert found["rollout"].shape == (2, 32, 32)
+    assert torch.equal(found["rollout"][:, ::6, ::6], patches) and torch.equal(
+        found["rollout"][:, 30:, 31], patches[:, 5:, 5].expand(-1, 2)
+    )
+
+
 def test_a_target_class_changes_what_methods_with_gradients_say():
     model, pictures = wide_vit()
     predicted, logits = methods.attention_maps(model, pictures, methods.METHODS)

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import timm
 import torch
@@ -211,3 +213,23 @@ def test_under_autocast_and_in_training_mode_our_own_layers_are_recorded():
         model(PICTURES)[:, 0].sum().backward()
     assert len(recorder.attentions) == 3 and recorder.attentions[0].dtype == torch.float32
     assert recorder.gradients[2].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_recording_takes_at_most_twice_as_long():
+    """The report's ViT, the median of seven pairs of passes over a batch of 64."""
+    model = build_model("vit").eval()
+    pictures = torch.randn(64, 3, 32, 32)
+
+    def seconds():
+        started = time.perf_counter()
+        model(pictures)
+        return time.perf_counter() - started
+
+    ratios = []
+    with torch.no_grad():
+        for _ in range(8):
+            plain = seconds()
+            with AttentionRecorder(model):
+                ratios.append(seconds() / plain)
+    assert sorted(ratios[1:])[3] < 2, ratios

@@ -119,8 +119,9 @@ def test_evaluation_of_shapes(shapes_run, capsys):
 
 
 def test_evaluation_where_the_object_is_not_known(run):
-    record = json.loads(script.main([str(run), "--evaluate", "--pictures", "6"])[0].read_text())
+    record = json.loads(script.main([str(run), "--evaluate", "--pictures", "6", "--method", "rollout"])[0].read_text())
     assert set(record["scores"]["rollout"]) == {"deletion", "insertion"}
+    assert set(record["scores"]) == {"rollout", "rollout, run that way", "uniform", "centred gaussian", "random"}
 
 
 def test_which_checkpoint(run, capsys):
