@@ -79,7 +79,7 @@ def load_dataset(
         splits = {"train": train, "test": test}
     if val_fraction:
         if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {data_dir} has validation pictures of its own in val/")
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation pictures of its own")
         splits["val"], splits["train"] = split_by_class(
             splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
         )

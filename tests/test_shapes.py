@@ -12,11 +12,11 @@ def sets():
     return {split: make_shapes(split) for split in ("train", "val", "test")}
 
 
-def test_made_in_five_seconds():
-    started = time.process_time()  # of all threads together: other programs do not count
+def test_made_in_five_seconds_of_two_cores():
+    started = time.process_time()  # of all threads together, so that other programs do not count
     for split in ("train", "val", "test"):
         make_shapes(split)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 10
 
 
 def test_numbers_and_types(sets):

@@ -236,7 +236,7 @@ def kill_and_resume(tmp_path, *, kills, flags, seconds):
 
 
 def test_killed_twice_and_resumed_the_weights_are_the_same(tmp_path):
-    flags = ["--dataset", "shapes", "--epochs", "1", "--embed-dim", "64"]
+    flags = ["--dataset", "shapes", "--epochs", "2", "--embed-dim", "48", "--depth", "3"]
     assert same_weights(*kill_and_resume(tmp_path, kills=2, flags=flags, seconds=(4, 6)))
 
 
