@@ -82,18 +82,18 @@ def draw_shapes(rng, name, count):
     unit = unit_area(distances)
     centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
     outer, inner = np.empty((2, count, SIZE, SIZE), np.float32)
-    todo = np.arange(count)
-    while len(todo):  # a mask that the border cuts too small is drawn again with another size and angle, same centre
-        area = rng.random((len(todo), 1, 1), dtype=np.float32) * 0.15 + 0.095
+    left = np.arange(count)
+    while len(left):  # a mask that the border cuts too small is drawn again with another size and angle, same centre
+        area = rng.random((len(left), 1, 1), dtype=np.float32) * 0.15 + 0.095
         scale = np.sqrt(area * SIZE * SIZE / np.float32(unit))
-        c, s = DIRECTIONS[rng.integers(256, size=len(todo))].T[:, :, None, None]
-        x, y = X - centre[0, todo], Y - centre[1, todo]
+        c, s = DIRECTIONS[rng.integers(256, size=len(left))].T[:, :, None, None]
+        x, y = X - centre[0, left], Y - centre[1, left]
         x, y = (x * c + y * s) / scale, (y * c - x * s) / scale
-        outer[todo] = distances[0](x, y) * scale
-        inner[todo] = -distances[1](x, y) * scale if len(distances) > 1 else -np.inf
-        mask_share = (np.maximum(outer[todo], inner[todo]) < 0).mean((1, 2))
-        outline_share = (outer[todo] < 0).mean((1, 2))
-        todo = todo[(mask_share < COVERAGE[0]) | (outline_share > COVERAGE[1])]
+        outer[left] = distances[0](x, y) * scale
+        inner[left] = -distances[1](x, y) * scale if len(distances) > 1 else -np.inf
+        mask_share = (np.maximum(outer[left], inner[left]) < 0).mean((1, 2))
+        outline_share = (outer[left] < 0).mean((1, 2))
+        left = left[(mask_share < COVERAGE[0]) | (outline_share > COVERAGE[1])]
     both = np.maximum(outer, inner)
     return np.clip(np.float32(0.5) - both, 0, 1), both < 0, outer < 0
 
