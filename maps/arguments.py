@@ -54,7 +54,7 @@ def open_for_explaining(args):
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
     if args.evaluate:
         return checkpoint, model, None, dataset
-    return checkpoint, model, chosen_pictures(dataset, args.index or range(4)), None
+    return checkpoint, model, chosen_pictures(dataset, args.index or range(min(4, len(dataset.test.labels)))), None
 
 
 def output_folder(args):

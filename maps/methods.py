@@ -150,12 +150,14 @@ def maps_as_reported(model, pictures, *, join=report):
     that no two layers belong to the same dropout masks. join makes one matrix of the layers.
     """
     training = model.training
-    model.train()
     layers = []
-    with torch.no_grad(), AttentionRecorder(model) as recorder:
-        model(pictures)
-        for layer in range(len(recorder.weights)):
+    try:
+        model.train()
+        with torch.no_grad(), AttentionRecorder(model) as recorder:
             model(pictures)
-            layers.append(recorder.attentions[layer])
-    model.train(training)
+            for layer in range(len(recorder.weights)):
+                model(pictures)
+                layers.append(recorder.attentions[layer])
+    finally:
+        model.train(training)
     return model_maps(model, join(layers), recorder.pooling)

@@ -5,6 +5,7 @@ from maps.evaluate import (
     against_masks,
     area_under,
     average_precision,
+    baselines,
     centred_gaussian,
     comparable,
     deletion_and_insertion,
@@ -104,6 +105,14 @@ def test_a_centred_gaussian_points_at_the_centre_of_any_grid():
     gaussian = centred_gaussian((5, 9))
     assert gaussian.shape == (5, 9) and gaussian.argmax() == 2 * 9 + 4
     assert gaussian[2, 4] / gaussian[2, 4 + 2] == pytest.approx(torch.exp(torch.tensor(0.5 * (2 / 9 * 4) ** 2)).item())
+
+
+def test_random_maps_are_others_for_every_batch_and_the_same_for_every_evaluation():
+    pictures = torch.zeros(5, 3, 8, 8)
+    first, second = (baselines((2, 3))["random"] for _ in range(2))
+    maps = first(pictures, None)
+    assert maps.shape == (5, 2, 3) and not torch.equal(maps, first(pictures, None))
+    assert torch.equal(maps, second(pictures, None))
 
 
 def test_mean_and_standard_error():

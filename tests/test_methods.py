@@ -189,7 +189,9 @@ def test_the_reports_way_takes_layers_of_different_dropout_masks():
     assert way.shape == (4, 4, 6) and not model.training
     clean = methods.attention_maps(model, pictures, ["report"])[0]["report"]
     assert not torch.allclose(way, clean)
-    model.drop.p = 0.0
+    with pytest.raises(RuntimeError):
+        methods.maps_as_reported(model, pictures[:, :1])
+    assert not model.training
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -116,6 +116,21 @@ def test_an_epoch_keeps_the_checkpoints_that_it_earns(tmp_path):
     assert rows[2]["seconds"] == "2.5" and rows[2]["images_per_second"] == "2.0" and rows[2]["lr"] == "0.1"
 
 
+def test_killed_while_an_epoch_is_written_nothing_of_it_is_missed(tmp_path, monkeypatch):
+    """last.pt says where to go on, so it comes after all that a resumed run would not write again."""
+    run = small_run(tmp_path)
+    end_epoch(run, val=(1.0, 0.4))
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        end_epoch(run, val=(1.0, 0.6))
+    assert torch.load(tmp_path / "last.pt")["epoch"] == 1 and torch.load(tmp_path / "best.pt")["epoch"] == 2
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     run = small_run(tmp_path)
     with pytest.raises(UserError, match="the val loss of epoch 1 is not finite"):

@@ -131,7 +131,7 @@ class Run:
         self.history.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, new_sums(self.device)
 
-        names = ["last.pt"]
+        names = []
         if is_best(self.history, "val_accuracy"):
             names.append("best.pt")
         if row["val_accuracy"] is None and is_best(self.history, "test_accuracy"):
@@ -143,6 +143,7 @@ class Run:
             save_checkpoint(self.folder / name, checkpoint)
         write_log(self.folder / "log.csv", self.history)
         draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
+        self.save()  # last: a run that is killed before does the epoch again, and misses nothing of the above
         print(epoch_line(row, self.args.epochs))
         if self.epoch == self.first_epoch + 1 < self.args.epochs:
             left = datetime.timedelta(seconds=round(row["seconds"] * (self.args.epochs - self.epoch)))
