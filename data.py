@@ -1,7 +1,6 @@
-"""A dataset's name to its pictures, and batches of them on the device."""
+"""A dataset's name to its pictures."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +9,8 @@ import torch
 import torchvision
 from torchvision.transforms.functional import resize
 
-from augment import random_flip, random_resized_crop
 from errors import UserError
 from folders import find_splits, read_folder
-from seeding import seed_for
 from shapes import CLASSES, make_shapes
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder")
@@ -61,14 +58,17 @@ def load_dataset(
     """The pictures of a dataset, resized to image_size x image_size, as a Dataset.
 
     val_fraction of the training pictures are split off by class and split_seed, and so is test_fraction of a folder
-    that has no split of its own. Raises UserError where pictures are missing or cannot be read.
+    that has no split of its own. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png,
+    and so on. Raises UserError where pictures are missing or cannot be read.
     """
     if name == "folder":
         classes, splits = read_folder(Path(data_dir), image_size, cache_dir)
-        name = dataset_name or Path(data_dir).resolve().name
+        name = Path(data_dir).resolve().name
+    elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
+        classes, splits = read_folder(Path(data_dir, name), image_size, cache_dir)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
-        name = dataset_name or name
+    name = dataset_name or name
     splits = {
         key: Split(resized(p, image_size), torch.as_tensor(y), np.asarray(n)) for key, (p, y, n) in splits.items()
     }
@@ -85,6 +85,20 @@ def load_dataset(
         )
     mean, std = channel_statistics(splits["train"].pictures)
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
+
+
+def dataset_of(args):
+    """load_dataset as the flags of a training script say; args has their values as attributes."""
+    return load_dataset(
+        args.dataset,
+        data_dir=args.data_dir,
+        image_size=args.image_size,
+        val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
+        split_seed=args.split_seed,
+        cache_dir=args.cache_dir,
+        dataset_name=args.dataset_name,
+    )
 
 
 def read_shapes(name, data_dir):
@@ -156,58 +170,3 @@ def describe(dataset):
                 each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts))
             lines.append(f"{key:6}{len(split.labels):7,} pictures: {each}")
     return "\n".join(lines)
-
-
-class Batches:
-    """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (pictures, labels).
-
-    Pictures come as (B, 3, H, W) float, normalised; labels as (B,) int64. All pictures lie on the device as uint8.
-    With a seed, the order follows from (seed, epoch), and transform(pictures, generator) is applied to the uint8
-    pictures with a generator that follows from (seed, epoch, step); without one they come in order, as they are.
-    """
-
-    def __init__(self, split, *, batch_size, mean, std, device, seed=None, transform=None):
-        self.pictures, self.labels = split.pictures.to(device), split.labels.to(device)
-        self.mean = 255 * torch.tensor(mean, device=device)[:, None, None]
-        self.std = 255 * torch.tensor(std, device=device)[:, None, None]
-        self.batch_size, self.device, self.seed, self.transform = batch_size, device, seed, transform
-        self.steps_per_epoch = -(-len(self.labels) // batch_size)
-
-    def batches(self, epoch=0, start_step=0):
-        generator = torch.Generator()
-        order = torch.arange(len(self.labels))
-        if self.seed is not None:
-            order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
-        order = order.to(self.device)
-        for step in range(start_step, self.steps_per_epoch):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            pictures = self.pictures[chosen]
-            if self.transform:
-                generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
-                pictures = self.transform(pictures, generator)
-            yield (pictures.float() - self.mean) / self.std, self.labels[chosen]
-
-
-def flip_and_crop(pictures, generator, *, hflip, scale, ratio):
-    """The ViT report's two transforms: a horizontal flip with probability hflip, then a random resized crop."""
-    pictures = random_flip(pictures, generator, p=hflip)
-    return random_resized_crop(pictures, generator, scale=scale, ratio=ratio)
-
-
-def training_batches(dataset, args, device):
-    """Batches of the training pictures, shuffled, flipped and cropped as the flags say."""
-    transform = partial(flip_and_crop, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
-    return Batches(
-        dataset.train,
-        batch_size=args.batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=device,
-        seed=args.seed,
-        transform=transform,
-    )
-
-
-def evaluation_batches(dataset, split, device):
-    """Batches of a Split in order, as they are; large ones, since no gradient is kept."""
-    return Batches(split, batch_size=256, mean=dataset.mean, std=dataset.std, device=device)

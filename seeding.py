@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PURPOSES = ("weights", "order", "augmentation", "dropout")
+PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing")
 
 
 def seed_for(purpose, *numbers):

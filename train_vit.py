@@ -7,27 +7,33 @@ What a run writes to checkpoints/vit/ is listed in README.md.
 """
 
 import time
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from data import DATASETS, count_classes, describe, evaluation_batches, load_dataset, training_batches
+from batches import evaluation_batches, training_batches
+from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
 from models import build_model
+from models.attention import ATTENTIONS
+from models.pretrained import imagenet_statistics, load_imagenet_weights
 from models.summary import summarize
+from policies import POLICIES
 from seeding import seed_for
 from training.arguments import at_least, complete_arguments, fraction, given_arguments, make_parser, resumed_arguments
 from training.checkpoint import load_checkpoint
 from training.device import Precision, device_name, pick_device
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
-from training.optimizer import make_adamw
-from training.outputs import write_split
+from training.optimizer import make_average, make_optimizer
+from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
 from training.schedules import make_schedule
 
 REPORT = {
     "dataset": "cifar10",  # the report
+    "model": "vit",  # the report
     "image_size": 32,  # the report
     "hflip": 0.5,  # the report
     "scale": [0.8, 1.0],  # the report
@@ -47,8 +53,37 @@ REPORT = {
     "mlp_ratio": 2.0,
     "drop": 0.2,
 }
+STRONG = REPORT | {  # ours: the report's model, and as many epochs
+    "opt": "muon",
+    "batch_size": 128,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "decay_all": False,
+    "sched": "cosine",
+    "smoothing": 0.1,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "scale": None,
+    "crop_padding": 4,
+    "aa": "auto",
+    "fill": 128,
+    "mixup": 0.8,  # this and cutmix: the CCT authors' configuration for 300 epochs
+    "cutmix": 1.0,
+    "save_epochs": [],
+}
+LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}  # of strong, in runs too short for more
 RECIPES = {
     "report": REPORT,
+    "strong": STRONG,
+    "finetune": {  # ours, for --model vit_b_16 --pretrained
+        "model": "vit_b_16",
+        "epochs": 5,
+        "lr": 3e-5,
+        "sched": "cosine",
+        "drop": 0.0,
+        "clip_grad": 1.0,
+        "save_epochs": [],
+    },
     "quick": REPORT  # ours: the same architecture, small enough for three minutes on two CPU cores
     | {
         "dataset": "shapes",
@@ -64,12 +99,21 @@ RECIPES = {
         "drop": 0.0,
     },
 }
-MODEL_FLAGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "drop", "pad", "image_size")
+SHORT = 50  # below so many epochs strong takes what is in LIGHT
+MODEL_FLAGS = {
+    "vit": (
+        *("image_size", "patch_size", "pad", "embed_dim", "depth", "num_heads"),
+        *("mlp_ratio", "drop", "drop_path", "attention"),
+    ),
+    "vit_b_16": ("drop",),
+}
 
 
 def vit_parser():
-    parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS)
+    parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODEL_FLAGS, help="vit_b_16 is torchvision's, 224 px (%(default)s)")
+    model.add_argument("--pretrained", action="store_true", help="start vit_b_16 from its ImageNet weights")
     model.add_argument(
         "--patch-size", type=at_least(1), metavar="PIXELS", help="smaller: more tokens, slower (%(default)s)"
     )
@@ -81,7 +125,9 @@ def vit_parser():
         "--mlp-ratio", type=at_least(0.1, float), help="width of the MLP over that of a token (%(default)s)"
     )
     model.add_argument("--drop", type=fraction, metavar="P", help="dropout (%(default)s)")
-    parser.set_defaults(**REPORT)
+    model.add_argument("--drop-path", type=fraction, metavar="P", help="of the last block, less before (%(default)s)")
+    model.add_argument("--attention", choices=ATTENTIONS, help="what mixes the tokens (%(default)s)")
+    parser.set_defaults(drop_path=0.0, attention="softmax", **REPORT)
     return parser
 
 
@@ -90,15 +136,21 @@ def main(argv=None):
     # Arguments
     parser = vit_parser()
     given = given_arguments(parser, argv)
-    folder, resuming = choose_folder(given, default_name="vit", default_dir=parser.get_default("out_dir"))
+    recipe = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
+    model_name = given.get("model", RECIPES[recipe].get("model", "vit"))
+    folder, resuming = choose_folder(given, default_name=model_name, default_dir=parser.get_default("out_dir"))
     if resuming:
         checkpoint = load_checkpoint(folder)
-        args = resumed_arguments(given, checkpoint, folder, models=("vit",))
+        args = resumed_arguments(given, checkpoint, folder, models=MODEL_FLAGS)
         if result := finished_result(folder):
             return result
     else:
-        recipe = given.setdefault("recipe", "quick" if given.get("dataset") == "shapes" else "report")
-        args = complete_arguments(parser, given, RECIPES[recipe])
+        defaults = RECIPES[recipe]
+        if recipe == "strong" and given.get("epochs", SHORT) < SHORT:
+            defaults = defaults | LIGHT
+        args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
+        if args.pretrained and args.model != "vit_b_16":
+            raise UserError(f"--pretrained: there are no weights for {args.model}, only for vit_b_16")
     device = pick_device(args.device)
     precision = Precision(args.amp, device)
     print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
@@ -106,26 +158,22 @@ def main(argv=None):
 
     # Model
     torch.manual_seed(seed_for("weights", args.seed))
-    model_args = {name: getattr(args, name) for name in MODEL_FLAGS}
+    model_args = {name: getattr(args, name) for name in MODEL_FLAGS[args.model]}
     model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
-    model = build_model("vit", **model_args).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.pos_embed.shape[1]} tokens")
+    model = build_model(args.model, **model_args).to(device)
+    print(f"{args.model}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} patches")
+    if args.pretrained and not resuming:
+        load_imagenet_weights(model)
     if args.summary:
         print(summarize(model, (3, args.image_size, args.image_size)))
         return None
 
     # Data
-    dataset = load_dataset(
-        args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        val_fraction=args.val_fraction,
-        test_fraction=args.test_fraction,
-        split_seed=args.split_seed,
-        cache_dir=args.cache_dir,
-        dataset_name=args.dataset_name,
-    )
+    dataset = dataset_of(args)
     print(describe(dataset))
+    if args.pretrained:
+        mean, std = imagenet_statistics()
+        dataset = dataset._replace(mean=mean, std=std)
     if args.patience and not dataset.val:
         raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
@@ -134,15 +182,17 @@ def main(argv=None):
     watched = {"val": evaluation_batches(dataset, dataset.val, device)} if dataset.val else {"test": test}
 
     # Optimiser
-    optimizer = make_adamw(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
+    optimizer = make_optimizer(args, model)
+    average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
     run = Run(
         folder,
         script="train_vit.py",
         args=args,
-        model_name="vit",
+        model_name=args.model,
         model_args=model_args,
         model=model,
+        average=average,
         dataset=dataset,
         optimizer=optimizer,
         schedule=schedule,
@@ -164,7 +214,7 @@ def main(argv=None):
                 train_one_epoch(
                     model=model,
                     batches=train,
-                    loss_function=cross_entropy,
+                    loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
                     optimizer=optimizer,
                     schedule=schedule,
                     precision=precision,
@@ -173,6 +223,7 @@ def main(argv=None):
                     start_step=run.step,
                     sums=run.sums,
                     clip_grad=args.clip_grad,
+                    average=average,
                     after_step=watch,
                 )
             if stop.wanted():
@@ -180,7 +231,7 @@ def main(argv=None):
             started = time.monotonic()
             judged = {}
             for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=model, batches=batches, precision=precision)
+                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
                 judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 

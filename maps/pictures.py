@@ -1,12 +1,13 @@
 """The pictures that a checkpoint is asked about: of its test set, or photographs."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import load_dataset
+from data import dataset_of
 from errors import UserError
 from folders import decode_picture
 from shapes import make_shapes
@@ -21,17 +22,8 @@ class Explained(NamedTuple):
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, split as it was then."""
-    args = checkpoint["args"]
-    return load_dataset(
-        args["dataset"],
-        data_dir=data_dir or args["data_dir"],
-        image_size=checkpoint["image_size"],
-        val_fraction=args["val_fraction"],
-        test_fraction=args["test_fraction"],
-        split_seed=args["split_seed"],
-        cache_dir=cache_dir or args["cache_dir"],
-        dataset_name=args["dataset_name"],
-    )
+    here = {"data_dir": data_dir, "cache_dir": cache_dir}
+    return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in here.items() if path}))
 
 
 def chosen_pictures(dataset, indices):

@@ -1,9 +1,11 @@
 """What is trained: one table from a name to a model."""
 
 from errors import UserError
+from models.cct import COMPACT_MODELS
+from models.pretrained import PretrainedViT
 from models.vit import VisionTransformer
 
-MODELS = {"vit": VisionTransformer}
+MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS
 
 
 def build_model(name, num_classes=10, **model_args):

@@ -1,8 +1,11 @@
 """Attention over tokens: attend(), and the modules that stand on it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from errors import UserError
 
@@ -31,29 +34,91 @@ def attend(q, k, v, dropout_p=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
 
+class AttentionSpec(NamedTuple):
+    """What a block tells its attention: the tokens' width and heads, where they come from, and two options of softmax.
+
+    The tokens are the cells of a grid (rows, columns), row by row, after a class token where there is one.
+    """
+
+    dim: int
+    num_heads: int
+    grid: tuple[int, int] | None = None
+    class_token: bool = False
+    qkv_bias: bool = True
+    attn_drop: float = 0.0
+
+
 class MultiHeadAttention(nn.Module):
-    """Multi-head self-attention on (B, N, dim), without dropout of its own.
+    """Multi-head self-attention on (B, N, dim) (Vaswani et al. 2017), with dropout on its weights alone.
 
     Starts as nn.MultiheadAttention does: Xavier-uniform over the stacked qkv weight, zero biases.
     Raises UserError where num_heads does not divide dim.
     """
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, spec):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise UserError(f"--embed-dim {dim} is not divisible by --num-heads {num_heads}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        if spec.num_heads < 1 or spec.dim % spec.num_heads:
+            raise UserError(f"--embed-dim {spec.dim} is not divisible by --num-heads {spec.num_heads}")
+        self.num_heads, self.attn_drop = spec.num_heads, spec.attn_drop
+        self.qkv = nn.Linear(spec.dim, 3 * spec.dim, bias=spec.qkv_bias)
+        self.proj = nn.Linear(spec.dim, spec.dim)
         nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
+        if spec.qkv_bias:
+            nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
-        x = attend(q, k, v)
+        x = attend(q, k, v, self.attn_drop if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, dim)
+
+
+class NoMixing(nn.Module):
+    """The control without attention on (B, N, dim): every token keeps its own value, so that no two of them mix.
+
+    A class token, which would see nothing of the picture, takes the mean of the others' values.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        self.class_token = spec.class_token
+        self.value = nn.Linear(spec.dim, spec.dim, bias=spec.qkv_bias)
+        self.proj = nn.Linear(spec.dim, spec.dim)
+
+    def forward(self, x):
+        x = self.value(x)
+        if self.class_token:
+            x = torch.cat([x[:, 1:].mean(1, keepdim=True), self.mix(x[:, 1:])], dim=1)
+        else:
+            x = self.mix(x)
+        return self.proj(x)
+
+    def mix(self, x):
+        return x
+
+
+class DepthwiseMixing(NoMixing):
+    """The control without a choice of where to look: a 3x3 depthwise convolution over the grid of tokens."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.grid = spec.grid
+        self.conv = nn.Conv2d(spec.dim, spec.dim, 3, padding=1, groups=spec.dim)
+
+    def mix(self, x):
+        x = x.mT.unflatten(2, self.grid)  # (B, dim, rows, columns)
+        return self.conv(x).flatten(2).mT
+
+
+ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": DepthwiseMixing}
+
+
+def make_attention(name, spec):
+    """The module of that name, on tokens (B, N, dim). Raises UserError for an unknown name, and what it raises."""
+    if name not in ATTENTIONS:
+        raise UserError(f"--attention {name}: there are {', '.join(ATTENTIONS)}")
+    return ATTENTIONS[name](spec)
 
 
 class Mlp(nn.Sequential):
@@ -66,15 +131,19 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A pre-norm block on (B, N, dim): attention, then MLP, each with its residual (Dosovitskiy et al. 2021)."""
+    """A pre-norm block on (B, N, dim): attention, then MLP, each with its residual (Dosovitskiy et al. 2021).
 
-    def __init__(self, dim, num_heads, *, mlp_ratio=2.0, drop=0.0):
+    drop_path leaves either branch out, a picture at a time (Huang et al. 2016).
+    """
+
+    def __init__(self, spec, *, attention="softmax", mlp_ratio=2.0, drop=0.0, drop_path=0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = MultiHeadAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.norm1 = nn.LayerNorm(spec.dim)
+        self.attn = make_attention(attention, spec)
+        self.norm2 = nn.LayerNorm(spec.dim)
+        self.mlp = Mlp(spec.dim, int(spec.dim * mlp_ratio), drop=drop)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention import Block
+from models.attention import AttentionSpec, Block
 from models.patches import patch_grid, to_patches
 
 
@@ -12,8 +12,9 @@ class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2021) as the report builds it: pictures (B, C, H, W) to logits (B, num_classes).
 
     image_size is a number of pixels or (height, width); pad fills pictures that patches do not divide with zeros at the
-    right and the bottom. `grid` is (rows, columns) of patches. The defaults have 3,195,146 parameters.
-    Raises UserError for sizes that do not divide (see patch_grid, MultiHeadAttention).
+    right and the bottom. `grid` is (rows, columns) of patches. attention is a name in ATTENTIONS; drop_path grows from
+    0 to that rate with depth. The defaults have 3,195,146 parameters. Raises UserError for sizes that do not divide
+    (see patch_grid, MultiHeadAttention), and for an unknown attention.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -30,6 +31,8 @@ class VisionTransformer(nn.Module):
         num_heads=8,
         mlp_ratio=2.0,
         drop=0.2,
+        drop_path=0.0,
+        attention="softmax",
         pad=False,
     ):
         super().__init__()
@@ -42,7 +45,11 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.randn(1, num_patches + 1, embed_dim))
         self.drop = nn.Dropout(drop)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop) for _ in range(depth))
+        spec = AttentionSpec(embed_dim, num_heads, grid=self.grid, class_token=True)
+        self.blocks = nn.ModuleList(
+            Block(spec, attention=attention, mlp_ratio=mlp_ratio, drop=drop, drop_path=rate)
+            for rate in torch.linspace(0, drop_path, depth).tolist()
+        )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
 

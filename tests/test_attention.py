@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models.attention
 from errors import UserError
-from models.attention import Block, MultiHeadAttention, attend, explicit_attention
+from models.attention import AttentionSpec, Block, MultiHeadAttention, attend, explicit_attention
 
 
 def test_explicit_and_fused_agree():
@@ -39,7 +39,7 @@ def test_equals_torchs_multihead_attention_and_starts_like_it():
     torch.manual_seed(3)
     reference = nn.MultiheadAttention(48, 4, batch_first=True)
     torch.manual_seed(3)
-    ours = MultiHeadAttention(48, 4)
+    ours = MultiHeadAttention(AttentionSpec(48, 4))
     bound = (6 / (48 + 3 * 48)) ** 0.5  # Xavier-uniform over the stacked weight
     for weight in (reference.in_proj_weight, ours.qkv.weight):
         assert weight.abs().max() <= bound and abs(weight.std() - bound / 3**0.5) < 0.02 * bound
@@ -57,7 +57,7 @@ def test_block_equals_torchs_pre_norm_encoder_layer():
     reference = nn.TransformerEncoderLayer(
         32, 4, dim_feedforward=64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
-    ours = Block(32, 4, mlp_ratio=2.0)
+    ours = Block(AttentionSpec(32, 4), mlp_ratio=2.0)
     ours.load_state_dict(
         {
             **{f"norm1.{name}": value for name, value in reference.norm1.state_dict().items()},
@@ -78,4 +78,4 @@ def test_block_equals_torchs_pre_norm_encoder_layer():
 
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="--embed-dim 30 is not divisible by --num-heads 8"):
-        MultiHeadAttention(30, 8)
+        MultiHeadAttention(AttentionSpec(30, 8))

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torchvision
 
-from data import Batches, Split, count_classes, describe, load_dataset, split_by_class
+from batches import Batches
+from data import Split, count_classes, describe, load_dataset, split_by_class
 from errors import UserError
 
 
@@ -98,7 +99,7 @@ def test_starting_inside_an_epoch_gives_the_rest_of_it_with_the_same_augmentatio
     def noise(pictures, generator):
         return pictures + torch.randint(0, 100, pictures.shape, generator=generator, dtype=torch.uint8)
 
-    batches = plain_batches(numbered_split(), batch_size=8, seed=3, transform=noise)
+    batches = plain_batches(numbered_split(), batch_size=8, seed=3, transforms=[noise])
     whole = list(batches.batches(5))
     for (pictures, labels), (same, same_labels) in zip(whole[4:], batches.batches(5, start_step=4), strict=True):
         assert torch.equal(pictures, same) and torch.equal(labels, same_labels)

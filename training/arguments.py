@@ -63,6 +63,14 @@ def positive_fraction(text):
     return fraction(text)
 
 
+def level(text):
+    """A flag's type: a whole number from 0 to 255."""
+    value = int(text)
+    if not 0 <= value <= 255:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 255, not {text}")
+    return value
+
+
 def probability(text):
     """A flag's type: a number from 0 to 1."""
     value = float(text)
@@ -71,8 +79,11 @@ def probability(text):
     return value
 
 
-def make_parser(description, *, recipes, datasets):
-    """A parser with the flags of every training script; the script adds those of its model."""
+def make_parser(description, *, recipes, datasets, policies):
+    """A parser with the flags of every training script; the script adds those of its model.
+
+    recipes, datasets and policies (of augmentation) are the names that --recipe, --dataset and --aa take.
+    """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=recipes, help="which defaults to take; any flag overrides them")
     parser.add_argument("--summary", action="store_true", help="print the model layer by layer, and train nothing")
@@ -92,14 +103,39 @@ def make_parser(description, *, recipes, datasets):
     )
     data.add_argument("--split-seed", type=at_least(0), help="decides both splits (%(default)s)")
     data.add_argument("--cache-dir", help="where decoded folders are kept (the user's cache folder)")
-    data.add_argument(
+
+    augment = parser.add_argument_group("augmentation, another draw for every picture")
+    augment.add_argument(
         "--hflip", type=probability, metavar="P", help="mirror a picture; 0 where left and right matter (%(default)s)"
     )
-    data.add_argument(
-        "--scale", type=positive, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop (%(default)s)"
+    augment.add_argument(
+        "--crop-padding", type=at_least(0), metavar="PIXELS", help="shift by up to so many pixels (%(default)s)"
     )
-    data.add_argument(
+    augment.add_argument(
+        "--scale", type=positive, nargs=2, metavar=("MIN", "MAX"), help="area of a random resized crop (%(default)s)"
+    )
+    augment.add_argument(
         "--ratio", type=positive, nargs=2, metavar=("MIN", "MAX"), help="its width / height (%(default)s)"
+    )
+    augment.add_argument(
+        "--rotate", type=at_least(0, float), metavar="DEGREES", help="turn by up to so many (%(default)s)"
+    )
+    augment.add_argument(
+        "--aa",
+        choices=("none", *policies),
+        help="AutoAugment's policy for CIFAR-10, RandAugment or TrivialAugment (%(default)s)",
+    )
+    augment.add_argument("--fill", type=level, help="the grey, 0 to 255, that --aa and --rotate uncover (%(default)s)")
+    augment.add_argument("--reprob", type=probability, metavar="P", help="erase a random rectangle (%(default)s)")
+    augment.add_argument("--cutout", type=at_least(0), metavar="PIXELS", help="erase a random square (%(default)s)")
+    augment.add_argument(
+        "--mixup", type=at_least(0, float), metavar="ALPHA", help="blend pairs of pictures, for long runs (%(default)s)"
+    )
+    augment.add_argument(
+        "--cutmix",
+        type=at_least(0, float),
+        metavar="ALPHA",
+        help="paste a box of another picture; with --mixup, either for every second batch (%(default)s)",
     )
 
     training = parser.add_argument_group("training")
@@ -107,6 +143,9 @@ def make_parser(description, *, recipes, datasets):
     training.add_argument("--batch-size", type=at_least(1), help="(%(default)s)")
     training.add_argument(
         "--lr", type=positive, help="peak learning rate; lower it if the loss is not finite (%(default)s)"
+    )
+    training.add_argument(
+        "--opt", choices=("adamw", "muon"), help="muon learns more in few epochs, and costs more a step (%(default)s)"
     )
     training.add_argument("--weight-decay", type=at_least(0, float), help="(%(default)s)")
     training.add_argument(
@@ -119,6 +158,10 @@ def make_parser(description, *, recipes, datasets):
     training.add_argument("--gamma", type=positive, help="by how much it falls (%(default)s)")
     training.add_argument(
         "--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help="of cosine (a tenth of all)"
+    )
+    training.add_argument("--smoothing", type=fraction, help="of the labels (%(default)s)")
+    training.add_argument(
+        "--model-ema-decay", type=fraction, metavar="D", help="judge an average of the weights, say 0.999 (%(default)s)"
     )
     training.add_argument("--clip-grad", type=positive, metavar="NORM", help="limit the gradient's norm, say to 1")
     training.add_argument(
@@ -148,6 +191,18 @@ def make_parser(description, *, recipes, datasets):
         test_fraction=0.2,
         split_seed=0,
         val_fraction=0.0,
+        hflip=0.5,
+        crop_padding=0,
+        rotate=0.0,
+        aa="none",
+        fill=0,
+        reprob=0.0,
+        cutout=0,
+        mixup=0.0,
+        cutmix=0.0,
+        opt="adamw",
+        smoothing=0.0,
+        model_ema_decay=0.0,
         seed=0,
         amp="auto",
         out_dir="checkpoints",
@@ -168,10 +223,10 @@ def complete_arguments(parser, given, recipe):
     """All arguments: the parser's defaults, overridden by the recipe's, overridden by those given. Raises UserError."""
     args = argparse.Namespace(**{**vars(parser.parse_args([])), **recipe, **given})
     for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
+        low, high = getattr(args, name) or (0, 1)
         if low > high:
             raise UserError(f"--{name} {low} {high}: the first must not be above the second")
-    if args.scale[1] > 1:
+    if args.scale and args.scale[1] > 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the picture (1)")
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")

@@ -25,7 +25,7 @@ def make_checkpoint(run):
         "mean": run.dataset.mean,
         "std": run.dataset.std,
         "weights": run.model.state_dict(),
-        "ema": None,
+        "ema": run.average.module.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(),
         # without the milestones, which follow from the arguments and are no plain type
         "schedule": {name: value for name, value in run.schedule.state_dict().items() if name != "milestones"},
@@ -75,6 +75,17 @@ def open_checkpoint(path, device="cpu"):
     return checkpoint
 
 
+def open_weights(path):
+    """The state dict in a file that another program saved. Raises UserError where there is none."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"--init-from {path}: cannot be read as weights ({first_line(error)})") from error
+    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
+        raise UserError(f"--init-from {path}: holds no state dict, a tensor for each name")
+    return weights
+
+
 def first_line(error):
     return str(error).strip().split("\n")[0]
 
@@ -109,10 +120,15 @@ def load_checkpoint(path, *, which="last", device="cpu"):
     return checkpoint
 
 
+def judged_weights(checkpoint):
+    """The weights that a checkpoint's accuracies are of: averaged ones where there are any."""
+    return checkpoint["ema"] or checkpoint["weights"]
+
+
 def rebuild_model(checkpoint, build_model):
-    """The model of a checkpoint with its weights, in evaluation mode; build_model(name, **model_args) makes it."""
+    """The model of a checkpoint as it was judged, in evaluation mode; build_model(name, **model_args) makes it."""
     model = build_model(checkpoint["model"], **checkpoint["model_args"])
-    model.load_state_dict(checkpoint["weights"])
+    model.load_state_dict(judged_weights(checkpoint))
     return model.eval()
 
 
@@ -131,6 +147,9 @@ def check_same_pictures(checkpoint, dataset):
 def restore_training(checkpoint, run):
     """Put a run's weights, optimiser, schedule, scaler and place back to where the checkpoint left them."""
     run.model.load_state_dict(checkpoint["weights"])
+    if run.average:
+        run.average.module.load_state_dict(checkpoint["ema"])
+        run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # all that counts is whether it is 0
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.schedule.load_state_dict(checkpoint["schedule"])
     if checkpoint["scaler"]:

@@ -39,12 +39,14 @@ def train_one_epoch(
     start_step=0,
     sums,
     clip_grad=None,
+    average=None,
     after_step,
 ):
     """Train from start_step to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
-    loss_function(logits, labels) gives the mean over the batch. after_step(steps done in this epoch, sums) is called
-    after each step, and ends the epoch early by returning True. Nothing here waits for the device. Returns the number
+    loss_function(logits, labels) gives the mean over the batch. average is an AveragedModel of torch's, which follows
+    each update of the weights. after_step(steps done in this epoch, sums) is called after each step, and ends the epoch
+    early by returning True. Nothing here waits for the device. Returns the number
     of steps done in this epoch.
     """
     model.train()
@@ -62,10 +64,13 @@ def train_one_epoch(
             clip_grad_norm_(model.parameters(), clip_grad)
         scaler.step(optimizer)
         scaler.update()
+        if average:
+            average.update_parameters(model)
 
         loss = loss.detach()
         sums["loss"] += loss * len(labels)
-        sums["correct"] += (logits.argmax(1) == labels).sum()
+        hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed pictures: the larger share
+        sums["correct"] += (logits.argmax(1) == hard_labels).sum()
         sums["pictures"] += len(labels)
         first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
         sums["bad_step"] = torch.where(first_bad, step, sums["bad_step"])

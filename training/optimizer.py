@@ -1,22 +1,71 @@
-"""The optimiser, and which parameters its weight decay leaves alone."""
+"""The optimisers, which parameters their weight decay leaves alone, and the average of the weights."""
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-def parameter_groups(model, weight_decay, *, decay_all):
-    """Two groups for an optimiser: with weight decay, and without.
+def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
+    """Two groups for an optimiser: with weight decay, and without; leave_out are parameters for another optimiser.
 
     Unless decay_all, vectors (biases, norms) and what model.no_weight_decay names are left out, as is usual since
     Vaswani et al.'s code; the report's own run decays everything.
     """
+    left_out = {id(parameter) for parameter in leave_out}
     decayed, free = [], []
     for name, parameter in model.named_parameters():
+        if id(parameter) in left_out:
+            continue
         skip = not decay_all and (parameter.ndim < 2 or name in model.no_weight_decay)
         (free if skip else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def make_adamw(model, *, lr, weight_decay, decay_all):
-    """AdamW (Loshchilov & Hutter 2019) with torch's betas, in its fused form: one pass over the weights a step."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay, decay_all=decay_all), lr=lr, fused=True)
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on the weight matrices of a model's blocks, AdamW on all the rest, as one optimiser.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    """
+
+    def __init__(self, model, *, lr, weight_decay, decay_all):
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=matrices)
+        self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, fused=True)}
+        super().__init__(muon.param_groups + self.parts["adamw"].param_groups, {})
+        self.share_groups()
+
+    def share_groups(self):
+        """Let the groups here be those of the parts, so that a schedule reaches them."""
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.share_groups()
+
+
+def make_optimizer(args, model):
+    """The optimiser that the flags ask for (--opt, --lr, --weight-decay, --decay-all).
+
+    AdamW (Loshchilov & Hutter 2019) has torch's betas and its fused form: one pass over the weights a step.
+    """
+    if args.opt == "muon":
+        return MuonWithAdamW(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
+    groups = parameter_groups(model, args.weight_decay, decay_all=args.decay_all)
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+
+
+def make_average(model, decay):
+    """An exponential moving average of a model's weights and buffers, which .update_parameters(model) moves on.
+
+    Buffers are averaged too, so that no BatchNorm statistics are of other weights. None where decay is 0.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval() if decay else None

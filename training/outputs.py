@@ -7,6 +7,7 @@ import itertools
 import json
 import statistics
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ COLUMNS = (
     "images_per_second",
     "peak_memory_bytes",
 )
-PATH_FLAGS = ("data_dir", "out_dir", "cache_dir", "run_name", "resume", "overwrite")
+PATH_FLAGS = ("data_dir", "out_dir", "cache_dir", "run_name", "resume", "overwrite", "init_from")
 
 
 def epoch_line(row, epochs):
@@ -114,6 +115,11 @@ def git_commit(script):
         return None, None
 
 
+def count_parameters(model, leave_out=None):
+    """How many trainable parameters a model has, but for the one of the name leave_out."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name != leave_out)
+
+
 def write_result(path, run, *, test_accuracy, at_best_val):
     """result.json: how a run was made and what came out of it; accuracies are fractions. Returns it as a dict."""
     args, history, dataset = vars(run.args), run.history, run.dataset
@@ -124,7 +130,9 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "recipe": args["recipe"],
         "args": {name: value for name, value in args.items() if name not in PATH_FLAGS},
         "model": run.model_name,
-        "params": sum(parameter.numel() for parameter in run.model.parameters()),
+        "init_from": Path(args["init_from"]).name if args.get("init_from") else None,
+        "params": count_parameters(run.model),
+        "params_without_embedding": count_parameters(run.model, leave_out="pos_embed"),
         "dataset_name": dataset.name,
         "pictures": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
         "num_classes": len(dataset.classes),
@@ -136,7 +144,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "val_accuracy": history[-1]["val_accuracy"],
         "test_accuracy_at_best_val": at_best_val,
         "best_on_test": max(on_test, default=None),
-        "weights": "raw",
+        "weights": "ema" if run.average else "raw",
         "precision": run.precision.amp,
         "seconds": sum(row["seconds"] for row in history),
         "images_per_second": statistics.median(row["images_per_second"] for row in history),

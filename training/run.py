@@ -8,7 +8,14 @@ from pathlib import Path
 
 from errors import UserError
 from files import make_folder
-from training.checkpoint import check_same_pictures, make_checkpoint, open_checkpoint, restore_training, save_checkpoint
+from training.checkpoint import (
+    check_same_pictures,
+    judged_weights,
+    make_checkpoint,
+    open_checkpoint,
+    restore_training,
+    save_checkpoint,
+)
 from training.device import peak_memory_bytes
 from training.loop import means, new_sums, validate
 from training.outputs import COLUMNS, draw_curves, epoch_line, write_log, write_predictions, write_result
@@ -77,14 +84,32 @@ class Run:
     """
 
     def __init__(
-        self, folder, *, script, args, model_name, model_args, model, dataset, optimizer, schedule, precision, device
+        self,
+        folder,
+        *,
+        script,
+        args,
+        model_name,
+        model_args,
+        model,
+        average=None,
+        dataset,
+        optimizer,
+        schedule,
+        precision,
+        device,
     ):
         self.folder, self.script, self.args = folder, script, args
-        self.model_name, self.model_args, self.model = model_name, model_args, model
+        self.model_name, self.model_args, self.model, self.average = model_name, model_args, model, average
         self.dataset, self.optimizer, self.schedule = dataset, optimizer, schedule
         self.precision, self.device = precision, device
         self.epoch, self.step, self.sums, self.history = 0, 0, new_sums(device), []
         self.first_epoch = 0
+
+    @property
+    def judged_model(self):
+        """The model that is validated, and that is the result: with averaged weights where there are any."""
+        return self.average.module if self.average else self.model
 
     def resume(self, checkpoint):
         """Go back to where a checkpoint left a run. Raises UserError where the pictures are not those of that run."""
@@ -155,12 +180,12 @@ class Run:
         Returns what result.json holds.
         """
         folder = self.folder
-        judge = {"model": self.model, "batches": test, "precision": self.precision}
+        judge = {"model": self.judged_model, "batches": test, "precision": self.precision}
         _, test_accuracy, logits = validate(**judge)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         at_best_val = None
         if (folder / "best.pt").exists():
-            self.model.load_state_dict(open_checkpoint(folder / "best.pt", self.device)["weights"])
+            self.judged_model.load_state_dict(judged_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(**judge)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
         print(f"test accuracy {test_accuracy:.2%} after epoch {self.epoch}")

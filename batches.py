@@ -1,0 +1,104 @@
+"""Batches of pictures on the device: in which order they come, and how they are augmented."""
+
+from functools import partial
+
+import torch
+from torchvision.transforms import v2
+
+from augment import cutout, normalize, padded_crop, random_erasing, random_flip, random_resized_crop, random_rotation
+from policies import POLICIES
+from seeding import seed_for
+
+
+class Batches:
+    """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (pictures, labels).
+
+    Pictures come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float where mix has mixed
+    them. All pictures lie on the device as uint8. With a seed, the order follows from (seed, epoch), and all else that
+    is drawn from (seed, epoch, step): each of transforms is applied to the uint8 pictures, each of float_transforms to
+    the normalised ones, as transform(pictures, generator), and then mix(pictures, labels), which draws from torch's
+    global generator. Without a seed pictures come in order, as they are.
+    """
+
+    def __init__(
+        self, split, *, batch_size, mean, std, device, seed=None, transforms=(), float_transforms=(), mix=None
+    ):
+        self.pictures, self.labels = split.pictures.to(device), split.labels.to(device)
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
+        self.steps_per_epoch = -(-len(self.labels) // batch_size)
+
+    def batches(self, epoch=0, start_step=0):
+        generator = torch.Generator()
+        order = torch.arange(len(self.labels))
+        if self.seed is not None:
+            order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+        order = order.to(self.device)
+        for step in range(start_step, self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            pictures, labels = self.pictures[chosen], self.labels[chosen]
+            if self.seed is not None:
+                generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
+            for transform in self.transforms:
+                pictures = transform(pictures, generator)
+            pictures = normalize(pictures, self.mean, self.std)
+            for transform in self.float_transforms:
+                pictures = transform(pictures, generator)
+            if self.mix:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed_for("mixing", self.seed, epoch, step))
+                    pictures, labels = self.mix(pictures, labels)
+            yield pictures, labels
+
+
+def picture_transforms(args):
+    """The random transforms of uint8 pictures that the flags ask for, in the order in which they are applied."""
+    if args.aa != "none":
+        yield partial(POLICIES[args.aa], fill=args.fill)
+    if args.hflip:
+        yield partial(random_flip, p=args.hflip)
+    if args.crop_padding:
+        yield partial(padded_crop, padding=args.crop_padding)
+    if args.scale:
+        yield partial(random_resized_crop, scale=args.scale, ratio=args.ratio)
+    if args.rotate:
+        yield partial(random_rotation, degrees=args.rotate, fill=args.fill)
+
+
+def normalised_transforms(args):
+    """The same for transforms of normalised pictures."""
+    if args.reprob:
+        yield partial(random_erasing, p=args.reprob)
+    if args.cutout:
+        yield partial(cutout, size=args.cutout)
+
+
+def mixing(args, num_classes):
+    """MixUp or CutMix of a batch, each as often where both are asked for; None where neither is."""
+    mixes = []
+    if args.mixup:
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
+    if args.cutmix:
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def training_batches(dataset, args, device):
+    """Batches of the training pictures, shuffled and augmented as the flags say."""
+    return Batches(
+        dataset.train,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        seed=args.seed,
+        transforms=tuple(picture_transforms(args)),
+        float_transforms=tuple(normalised_transforms(args)),
+        mix=mixing(args, len(dataset.classes)),
+    )
+
+
+def evaluation_batches(dataset, split, device):
+    """Batches of a Split in order, as they are; large ones, since no gradient is kept."""
+    return Batches(split, batch_size=256, mean=dataset.mean, std=dataset.std, device=device)

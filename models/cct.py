@@ -1,0 +1,188 @@
+"""Compact transformers: ViT-Lite, CVT and CCT (Hassani et al. 2021, "Escaping the Big Data Paradigm")."""
+
+import itertools
+from functools import partial
+
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from errors import UserError
+from models.attention import AttentionSpec, Mlp, make_attention
+
+
+def conv_tokenizer(embed_dim, *, kernel_size, layers):
+    """The CCT tokenizer, pictures (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
+
+    Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all but the last have 64 channels. Published
+    with ReLU before the pooling, which gives the same from four times the work.
+    """
+    widths = [3] + [64] * (layers - 1) + [embed_dim]
+    options = {"stride": max(1, kernel_size // 2 - 1), "padding": kernel_size // 2, "bias": False}
+    steps = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        steps += [nn.Conv2d(before, after, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*steps)
+
+
+def sine_embedding(tokens, dim):
+    """(1, tokens, dim): sine and cosine of the position, in turn (Vaswani et al. 2017, section 3.5)."""
+    rates = 10000 ** (-(torch.arange(dim) // 2 * 2) / dim)
+    angles = torch.arange(tokens)[:, None] * rates
+    return torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())[None]
+
+
+class CompactBlock(nn.Module):
+    """The published block on (B, N, dim): x = norm1(x + attn(pre_norm(x))), then x = x + mlp(x)."""
+
+    def __init__(self, spec, *, attention, mlp_ratio, drop, drop_path):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(spec.dim)
+        self.attn = make_attention(attention, spec)
+        self.drop = nn.Dropout(drop)
+        self.norm1 = nn.LayerNorm(spec.dim)
+        self.mlp = Mlp(spec.dim, int(spec.dim * mlp_ratio), drop=drop)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        x = self.norm1(x + self.drop_path(self.drop(self.attn(self.pre_norm(x)))))
+        return x + self.drop_path(self.mlp(x))
+
+
+class SequencePooling(nn.Module):
+    """The tokens (B, N, dim) averaged to (B, dim), by weights that a linear layer and a softmax give each."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.score = nn.Linear(dim, 1)
+        self.softmax = nn.Softmax(dim=1)
+
+    def forward(self, x):
+        weights = self.softmax(self.score(x))  # (B, N, 1)
+        return (weights.mT @ x)[:, 0]
+
+
+class CompactTransformer(nn.Module):
+    """A compact transformer (Hassani et al. 2021): pictures (B, 3, H, W) to logits (B, num_classes).
+
+    image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else
+    a convolution of kernel = stride = patch_size. positional_embedding is "learnable", "sine" or
+    "none"; class_token stands in place of sequence pooling. drop_path grows from 0 to that rate with depth.
+    Raises UserError for a picture that is too small, or that patches do not divide, and for an unknown name.
+    """
+
+    no_weight_decay = ("cls_token", "pos_embed")
+
+    def __init__(
+        self,
+        *,
+        image_size=32,
+        num_classes=10,
+        embed_dim=256,
+        depth=6,
+        num_heads=4,
+        mlp_ratio=2.0,
+        kernel_size=None,
+        conv_layers=1,
+        patch_size=4,
+        class_token=False,
+        positional_embedding="learnable",
+        attention="softmax",
+        drop=0.0,
+        attn_drop=0.1,
+        drop_path=0.1,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if kernel_size:
+            self.tokenizer = conv_tokenizer(embed_dim, kernel_size=kernel_size, layers=conv_layers)
+        else:
+            self.tokenizer = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.grid = token_grid(self.tokenizer, (height, width))
+        tokens = self.grid[0] * self.grid[1] + class_token
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        if positional_embedding == "learnable":
+            self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
+        elif positional_embedding == "sine":
+            self.register_buffer("pos_embed", sine_embedding(tokens, embed_dim))
+        elif positional_embedding == "none":
+            self.pos_embed = None
+        else:
+            raise UserError(f"--positional-embedding {positional_embedding}: there are learnable, sine, none")
+        self.drop = nn.Dropout(drop)
+        spec = AttentionSpec(embed_dim, num_heads, self.grid, class_token, qkv_bias=False, attn_drop=attn_drop)
+        self.blocks = nn.ModuleList(
+            CompactBlock(spec, attention=attention, mlp_ratio=mlp_ratio, drop=drop, drop_path=rate)
+            for rate in torch.linspace(0, drop_path, depth).tolist()
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.pool = None if class_token else SequencePooling(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.initialise()
+
+    def initialise(self):
+        """As the authors' code: linear layers truncated normal of 0.02, convolutions He normal, positions 0.2."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.tokenizer.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        if isinstance(self.pos_embed, nn.Parameter):
+            nn.init.trunc_normal_(self.pos_embed, std=0.2)
+
+    def forward(self, pictures):
+        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
+        x = self.tokenizer(pictures).flatten(2).mT  # (B, N, dim)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        x = x[:, 0] if self.pool is None else self.pool(x)  # (B, dim)
+        return self.head(x)  # (B, num_classes)
+
+
+@torch.no_grad()
+def token_grid(tokenizer, image_size):
+    """(rows, columns) of the tokens of a picture (height, width).
+
+    Raises UserError where patches do not divide the picture, and where it is so small that there is one token.
+    """
+    if isinstance(tokenizer, nn.Conv2d):
+        patch = tokenizer.stride[0]
+        for size in image_size:
+            if size % patch:
+                raise UserError(
+                    f"--image-size {size}: patches of {patch} pixels do not divide it, a multiple of {patch} is right"
+                )
+    grid = tuple(tokenizer(torch.zeros(1, 3, *image_size)).shape[2:])
+    if max(grid) == 1:
+        size = next(s for s in itertools.count(max(image_size)) if tokenizer(torch.zeros(1, 3, s, s)).shape[2] > 1)
+        raise UserError(
+            f"--image-size {max(image_size)} is too small: the tokenizer makes one token of it, from {size} on more"
+        )
+    return grid
+
+
+CCT_SMALL = partial(CompactTransformer, embed_dim=128, num_heads=2, mlp_ratio=1.0)
+COMPACT_MODELS = {
+    "vit_lite_6_4": partial(CompactTransformer, depth=6, class_token=True),
+    "vit_lite_7_4": partial(CompactTransformer, depth=7, class_token=True),
+    "cvt_6_4": partial(CompactTransformer, depth=6),
+    "cvt_7_4": partial(CompactTransformer, depth=7),
+    "cct_2_3x2": partial(CCT_SMALL, depth=2, kernel_size=3, conv_layers=2),
+    "cct_4_3x2": partial(CCT_SMALL, depth=4, kernel_size=3, conv_layers=2),
+    "cct_6_3x1": partial(CompactTransformer, depth=6, kernel_size=3, conv_layers=1),
+    "cct_6_3x2": partial(CompactTransformer, depth=6, kernel_size=3, conv_layers=2),
+    "cct_7_3x1": partial(CompactTransformer, depth=7, kernel_size=3, conv_layers=1),
+    "cct_7_3x2": partial(CompactTransformer, depth=7, kernel_size=3, conv_layers=2),
+    "cct_14_7x2": partial(
+        CompactTransformer, depth=14, embed_dim=384, num_heads=6, mlp_ratio=3.0, kernel_size=7, conv_layers=2
+    ),
+}
