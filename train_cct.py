@@ -23,7 +23,14 @@ from models.published import load_published
 from models.summary import summarize
 from policies import POLICIES
 from seeding import seed_for
-from training.arguments import complete_arguments, fraction, given_arguments, make_parser, resumed_arguments
+from training.arguments import (
+    check_model_flags,
+    complete_arguments,
+    fraction,
+    given_arguments,
+    make_parser,
+    resumed_arguments,
+)
 from training.checkpoint import load_checkpoint, open_weights
 from training.device import Precision, device_name, pick_device
 from training.interrupt import StopRequests, Watch
@@ -69,13 +76,15 @@ RECIPES = {
     "quick": STRONG | LIGHT | {"dataset": "shapes", "model": "cct_2_3x2", "epochs": 10},  # ours
 }
 SHORT = 50  # below so many epochs strong takes what is in LIGHT
-MODEL_FLAGS = ("image_size", "positional_embedding", "attention", "drop", "attn_drop", "drop_path")
+MODEL_FLAGS = dict.fromkeys(
+    COMPACT_MODELS, ("image_size", "positional_embedding", "attention", "drop", "attn_drop", "drop_path")
+) | {"cct_nano": ("image_size", "attention", "attn_drop", "drop_path")}
 
 
 def cct_parser():
     parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=COMPACT_MODELS, metavar="NAME", help="%(choices)s (%(default)s)")
+    model.add_argument("--model", choices=MODEL_FLAGS, metavar="NAME", help="%(choices)s (%(default)s)")
     model.add_argument(
         "--positional-embedding", choices=("learnable", "sine", "none"), help="what says where (%(default)s)"
     )
@@ -88,24 +97,31 @@ def cct_parser():
     return parser
 
 
+def chosen_recipe(given):
+    """(the name, the defaults) of the recipe that the flags on the command line ask for."""
+    name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
+    short = name == "strong" and given.get("epochs", SHORT) < SHORT
+    return name, RECIPES[name] | (LIGHT if short else {})
+
+
 def main(argv=None):
     """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
     # Arguments
     parser = cct_parser()
     given = given_arguments(parser, argv)
-    recipe = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
-    model_name = given.get("model", RECIPES[recipe]["model"])
+    recipe, defaults = chosen_recipe(given)
+    model_name = given.get("model", defaults["model"])
     folder, resuming = choose_folder(given, default_name=model_name, default_dir=parser.get_default("out_dir"))
     if resuming:
         checkpoint = load_checkpoint(folder)
-        args = resumed_arguments(given, checkpoint, folder, models=COMPACT_MODELS)
+        args = resumed_arguments(given, checkpoint, folder, models=MODEL_FLAGS)
         if result := finished_result(folder):
             return result
     else:
-        defaults = RECIPES[recipe]
-        if recipe == "strong" and given.get("epochs", SHORT) < SHORT:
-            defaults = defaults | LIGHT
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
+        check_model_flags(given, MODEL_FLAGS, args.model)
+        if args.init_from and args.model not in COMPACT_MODELS:
+            raise UserError(f"--init-from: there are no published weights of {args.model}")
     device = pick_device(args.device)
     precision = Precision(args.amp, device)
     print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
@@ -113,7 +129,7 @@ def main(argv=None):
 
     # Model
     torch.manual_seed(seed_for("weights", args.seed))
-    model_args = {name: getattr(args, name) for name in MODEL_FLAGS}
+    model_args = {name: getattr(args, name) for name in MODEL_FLAGS[args.model]}
     model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
     model = build_model(args.model, **model_args).to(device)
     print(f"{args.model}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} tokens")

@@ -21,7 +21,15 @@ from models.pretrained import imagenet_statistics, load_imagenet_weights
 from models.summary import summarize
 from policies import POLICIES
 from seeding import seed_for
-from training.arguments import at_least, complete_arguments, fraction, given_arguments, make_parser, resumed_arguments
+from training.arguments import (
+    at_least,
+    check_model_flags,
+    complete_arguments,
+    fraction,
+    given_arguments,
+    make_parser,
+    resumed_arguments,
+)
 from training.checkpoint import load_checkpoint
 from training.device import Precision, device_name, pick_device
 from training.interrupt import StopRequests, Watch
@@ -131,13 +139,20 @@ def vit_parser():
     return parser
 
 
+def chosen_recipe(given):
+    """(the name, the defaults) of the recipe that the flags on the command line ask for."""
+    name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
+    short = name == "strong" and given.get("epochs", SHORT) < SHORT
+    return name, RECIPES[name] | (LIGHT if short else {})
+
+
 def main(argv=None):
     """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
     # Arguments
     parser = vit_parser()
     given = given_arguments(parser, argv)
-    recipe = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
-    model_name = given.get("model", RECIPES[recipe].get("model", "vit"))
+    recipe, defaults = chosen_recipe(given)
+    model_name = given.get("model", defaults.get("model", "vit"))
     folder, resuming = choose_folder(given, default_name=model_name, default_dir=parser.get_default("out_dir"))
     if resuming:
         checkpoint = load_checkpoint(folder)
@@ -145,10 +160,8 @@ def main(argv=None):
         if result := finished_result(folder):
             return result
     else:
-        defaults = RECIPES[recipe]
-        if recipe == "strong" and given.get("epochs", SHORT) < SHORT:
-            defaults = defaults | LIGHT
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
+        check_model_flags(given, MODEL_FLAGS, args.model)
         if args.pretrained and args.model != "vit_b_16":
             raise UserError(f"--pretrained: there are no weights for {args.model}, only for vit_b_16")
     device = pick_device(args.device)

@@ -1,6 +1,6 @@
 """Pictures a second through random crop, flip and normalisation, without and with AutoAugment, beside the peers.
 
-    python -m benchmarks.augment --out results/augment-cpu.json
+    python -m benchmarks.augment --out results/speed/augment-cpu.json
 
 The peers: torchvision on PIL pictures and its v2 transforms on uint8 tensors, both picture by picture in one process,
 as a data loader's worker runs them; kornia on whole batches of float, which gives all of a batch the same sub-policy.

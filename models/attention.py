@@ -77,7 +77,7 @@ class MultiHeadAttention(nn.Module):
 class NoMixing(nn.Module):
     """The control without attention on (B, N, dim): every token keeps its own value, so that no two of them mix.
 
-    A class token, which would see nothing of the picture, takes the mean of the others' values.
+    A class token, which would see nothing of the picture, takes the mean of what the others get.
     """
 
     def __init__(self, spec):
@@ -88,10 +88,9 @@ class NoMixing(nn.Module):
 
     def forward(self, x):
         x = self.value(x)
+        x = self.mix(x[:, int(self.class_token) :])
         if self.class_token:
-            x = torch.cat([x[:, 1:].mean(1, keepdim=True), self.mix(x[:, 1:])], dim=1)
-        else:
-            x = self.mix(x)
+            x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         return self.proj(x)
 
     def mix(self, x):

@@ -93,12 +93,11 @@ class CompactTransformer(nn.Module):
         drop_path=0.1,
     ):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if kernel_size:
             self.tokenizer = conv_tokenizer(embed_dim, kernel_size=kernel_size, layers=conv_layers)
         else:
             self.tokenizer = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        self.grid = token_grid(self.tokenizer, (height, width))
+        self.grid = token_grid(self.tokenizer, (image_size, image_size) if isinstance(image_size, int) else image_size)
         tokens = self.grid[0] * self.grid[1] + class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         if positional_embedding == "learnable":

@@ -5,7 +5,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models.attention
 from errors import UserError
-from models.attention import AttentionSpec, Block, MultiHeadAttention, attend, explicit_attention
+from maps.recorder import AttentionRecorder
+from models import build_model
+from models.attention import ATTENTIONS, AttentionSpec, Block, MultiHeadAttention, attend, explicit_attention
 
 
 def test_explicit_and_fused_agree():
@@ -79,3 +81,65 @@ def test_block_equals_torchs_pre_norm_encoder_layer():
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="--embed-dim 30 is not divisible by --num-heads 8"):
         MultiHeadAttention(AttentionSpec(30, 8))
+
+
+@pytest.mark.parametrize("model", ["vit", "cct_2_3x2", "vit_lite_6_4", "cct_nano"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_attention_in_every_family(name, model):
+    """Shapes, gradients of all parameters, bfloat16, a grid that is not square, and maps or a clear refusal."""
+    torch.manual_seed(0)
+    built = build_model(model, image_size=(16, 24), attention=name)
+    pictures = torch.randn(3, 3, 16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert built(pictures).dtype == torch.bfloat16
+    logits = built(pictures)
+    assert logits.shape == (3, 10)
+    logits.square().mean().backward()
+    assert not [name for name, p in built.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    if name == "softmax":
+        with AttentionRecorder(built) as recorder:
+            built(pictures)
+        tokens = built.grid[0] * built.grid[1] + (recorder.pooling is None)
+        assert {tuple(a.shape) for a in recorder.attentions} == {(3, recorder.attentions[0].shape[1], tokens, tokens)}
+    else:
+        with pytest.raises(UserError, match="has no attention to record"), AttentionRecorder(built) as recorder:
+            built(pictures)
+
+
+def changed_tokens(module, tokens, index):
+    """Which of the tokens that come out of a module change with the token of that index."""
+    x = torch.randn(1, tokens, 8)
+    other = x.clone()
+    other[0, index] += 1
+    with torch.no_grad():
+        return (module(x) - module(other)).abs().sum(2)[0].gt(1e-6).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "class_token", "index", "expected"),
+    [
+        ("identity", False, 5, [5]),
+        ("identity", True, 5, [0, 5]),  # the class token takes the mean of the others
+        ("identity", True, 0, []),
+        ("depthwise", False, 5, [0, 1, 2, 4, 5, 6, 8, 9, 10]),  # of 3 rows of 4
+        ("depthwise", True, 6, [0, 1, 2, 3, 5, 6, 7, 9, 10, 11]),
+        ("softmax", False, 5, list(range(12))),
+    ],
+)
+def test_which_tokens_mix(name, class_token, index, expected):
+    torch.manual_seed(0)
+    module = ATTENTIONS[name](AttentionSpec(8, 2, grid=(3, 4), class_token=class_token))
+    assert changed_tokens(module, 12 + class_token, index) == expected
+
+
+def test_an_unknown_attention_lists_those_that_there_are():
+    with pytest.raises(UserError, match="--attention linear: there are softmax, identity, depthwise"):
+        build_model("vit", attention="linear")
+
+
+def test_dropout_of_attention_weights_is_in_training_alone():
+    torch.manual_seed(0)
+    module = MultiHeadAttention(AttentionSpec(8, 2, attn_drop=0.5))
+    x = torch.randn(1, 9, 8)
+    assert not torch.equal(module(x), module(x))
+    assert torch.equal(module.eval()(x), module(x))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import write_pictures
 
-from batches import Batches
 from data import Split, count_classes, describe, load_dataset, split_by_class
 from errors import UserError
 
@@ -18,11 +18,6 @@ def numbered_split(count=50, classes=5):
 
 def indices_of(pictures):
     return pictures[:, 0, 0, 0].round().int().tolist()
-
-
-def plain_batches(split, **options):
-    """Batches that are not normalised, so that a pixel is still its picture's index."""
-    return Batches(split, mean=[0, 0, 0], std=[1 / 255] * 3, device="cpu", **options)
 
 
 def test_cifar10_as_published(cifar10_dir):
@@ -62,6 +57,14 @@ def test_no_network_names_the_file_and_the_folder(tmp_path, monkeypatch):
         load_dataset("cifar10", data_dir=tmp_path, image_size=32)
 
 
+def test_cifar_may_lie_there_as_folders(tmp_path):
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "cifar100" / split, count=3, size=(32, 32))
+    dataset = load_dataset("cifar100", data_dir=str(tmp_path), image_size=32, cache_dir=tmp_path / "cache")
+    assert dataset.name == "cifar100" and dataset.classes == ["cat", "dog"]
+    assert dataset.train.pictures.shape == (6, 3, 32, 32) and len(dataset.test.labels) == 6
+
+
 def test_shapes_and_resizing():
     dataset = load_dataset("shapes", data_dir=None, image_size=16)
     assert dataset.train.pictures.shape == (20_000, 3, 16, 16) and len(dataset.val.labels) == 2000
@@ -82,31 +85,3 @@ def test_split_by_class_takes_the_same_share_of_every_class_and_depends_on_its_s
     assert again.names.tolist() == first.names.tolist() != other.names.tolist()
     with pytest.raises(UserError, match="--val-fraction 0.97 leaves no training picture of class a, which has 10"):
         split_by_class(split, 0.97, names, seed=(0, 1), flag="--val-fraction")
-
-
-def test_an_epoch_sees_every_picture_once_in_an_order_that_follows_from_seed_and_epoch():
-    batches = plain_batches(numbered_split(), batch_size=8, seed=3)
-    assert batches.steps_per_epoch == 7
-    epochs = [[indices_of(pictures) for pictures, _ in batches.batches(epoch)] for epoch in (0, 1, 0)]
-    assert [len(batch) for batch in epochs[0]] == [8] * 6 + [2]
-    assert sorted(sum(epochs[0], [])) == list(range(50))
-    assert epochs[0] == epochs[2] != epochs[1]
-    other_seed = plain_batches(numbered_split(), batch_size=8, seed=4)
-    assert [indices_of(pictures) for pictures, _ in other_seed.batches(0)] != epochs[0]
-
-
-def test_starting_inside_an_epoch_gives_the_rest_of_it_with_the_same_augmentation():
-    def noise(pictures, generator):
-        return pictures + torch.randint(0, 100, pictures.shape, generator=generator, dtype=torch.uint8)
-
-    batches = plain_batches(numbered_split(), batch_size=8, seed=3, transforms=[noise])
-    whole = list(batches.batches(5))
-    for (pictures, labels), (same, same_labels) in zip(whole[4:], batches.batches(5, start_step=4), strict=True):
-        assert torch.equal(pictures, same) and torch.equal(labels, same_labels)
-
-
-def test_pictures_are_normalised_by_mean_and_std_of_training():
-    split = Split(torch.full((4, 3, 2, 2), 51, dtype=torch.uint8), torch.zeros(4).long(), np.arange(4))
-    batches = Batches(split, batch_size=4, mean=[0.1, 0.2, 0.4], std=[0.5, 0.25, 0.1], device="cpu")
-    pictures, _ = next(batches.batches())
-    assert pictures[0, :, 0, 0].tolist() == pytest.approx([0.2, 0.0, -2.0], abs=1e-6)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(
-    path for path in Path().glob("**/*.py") if path.parts[0] in ("maps", "models", "training") or len(path.parts) == 1
-)
-PROJECT = {path.stem for path in FILES if len(path.parts) == 1} | {"maps", "models", "training"}
+ROOMS = {"benchmarks", "comparing", "maps", "models", "training"}
+FILES = sorted(path for path in Path().glob("**/*.py") if path.parts[0] in ROOMS or len(path.parts) == 1)
+PROJECT = {path.stem for path in FILES if len(path.parts) == 1} | ROOMS
 
 
 def imports(path):
@@ -39,6 +38,10 @@ ALLOWED = {
     "models": {"errors"},
     "training": {"errors", "files", "seeding"},
     "maps": {"data", "errors", "files", "folders", "models", "shapes", "training"},
+    "comparing": {"errors", "files", "training"},
+    "benchmarks": {"augment", "errors", "files", "policies", "training"},
+    "campaign": {"comparing", "errors", "files", "training"},
+    "compare": {"campaign", "comparing", "errors", "files", "training"},
     "attribute": {"errors", "files", "maps"},
     "rollout": {"errors", "files", "maps", "training"},
     "train_vit": {"batches", "data", "errors", "models", "policies", "seeding", "training"},

@@ -234,6 +234,17 @@ def complete_arguments(parser, given, recipe):
     return args
 
 
+def check_model_flags(given, model_flags, model):
+    """Raises UserError for a flag given that only other models take; model_flags is {model: the flags that it takes}.
+
+    --image-size is one of the pictures, too, and fits every model.
+    """
+    for name in given.keys() - {"image_size"}:
+        takers = [other for other, flags in model_flags.items() if name in flags]
+        if takers and model not in takers:
+            raise UserError(f"--{name.replace('_', '-')}: {model} does not take it")
+
+
 def resumed_arguments(given, checkpoint, folder, *, models):
     """The arguments of a checkpoint, with those of `given` that may change. Raises UserError that names what may not.
 

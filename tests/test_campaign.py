@@ -1,0 +1,257 @@
+"""campaign.py: plans and the mistakes in them, what fits, the order of runs, stopping and going on, and failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+import campaign
+from comparing.plans import read_plan
+from errors import UserError
+
+# a training script of a tenth of a second: one seed fails, one waits to be stopped, the others leave a result
+FAKE_SCRIPT = """
+import json, signal, sys, time
+from pathlib import Path
+from training.arguments import Parser
+
+def fake_parser():
+    parser = Parser(allow_abbrev=False)
+    for flag in ("--lr", "--seed", "--minutes", "--fail", "--wait"):
+        parser.add_argument(flag, type=float)
+    parser.add_argument("--recipe", choices=("report", "strong"))
+    parser.add_argument("--overwrite", action="store_true")
+    for flag in ("--data-dir", "--device", "--out-dir", "--run-name", "--resume"):
+        parser.add_argument(flag)
+    return parser
+
+if __name__ == "__main__":
+    args = vars(fake_parser().parse_args())
+    folder = Path(args["out_dir"]) / args["run_name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open("calls.txt", "a") as file:
+        file.write(" ".join(sys.argv[1:]) + "\\n")
+    if args["fail"] == args["seed"]:
+        sys.exit("error: planted")
+    if args["wait"] == args["seed"] and not (folder / "begun").exists():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        (folder / "begun").touch()
+        time.sleep(20)
+    if args["minutes"] and args["minutes"] < 0.01:
+        sys.exit()
+    (folder / "log.csv").write_text("epoch,val_accuracy,test_accuracy\\n1,,0.5\\n")
+    (folder / "result.json").write_text(json.dumps({
+        "script": "train_fake.py", "args": args, "params": 10, "dataset_name": "fake", "data_hash": "", "epochs": 1,
+        "seed": int(args["seed"]), "test_accuracy": 0.5 + args["seed"] / 100, "val_accuracy": None, "device": "none",
+    }))
+"""
+PLAN = """
+title = "A title"
+baseline = "plain"
+seeds = 2
+[[rows]]
+name = "plain"
+script = "train_fake.py"
+arguments = "--lr 0.1"
+[[rows]]
+name = "other"
+script = "train_fake.py"
+arguments = ["--lr", "0.2", "--recipe", "strong"]
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder to be in, with train_fake.py and p.toml, a plan for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setitem(campaign.SCRIPTS, "train_fake.py", "fake_parser")
+    Path("train_fake.py").write_text(FAKE_SCRIPT)
+    Path("p.toml").write_text(PLAN)
+    yield tmp_path
+    sys.modules.pop("train_fake", None)
+
+
+def calls():
+    lines = Path("calls.txt").read_text().splitlines()
+    Path("calls.txt").unlink()
+    return lines
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_plan_is_done_row_by_row_once(workplace, capfd):
+    campaign.main(["p.toml", "--device", "cpu", "--data-dir", "d"])
+    done = calls()
+    assert [line.partition("--run-name ")[2].split()[0] for line in done] == [
+        "plain-seed-0",
+        "plain-seed-1",
+        "other-seed-0",
+        "other-seed-1",
+    ]
+    assert done[3] == (
+        "--device cpu --data-dir d --lr 0.2 --recipe strong --seed 1 "
+        "--out-dir checkpoints/p --run-name other-seed-1 --resume auto"
+    )
+    assert names("results/p") == [
+        f"{row}-seed-{k}.{end}" for row in ("other", "plain") for k in (0, 1) for end in ("csv", "json")
+    ]
+    out = capfd.readouterr().out
+    assert "--- run 4 of 4: p/other, seed 1" in out and "A title (p)\nname" in out
+    assert "plain  fake          1          10  50.50 ± 0.71 %" in out and "other - plain   +0.00" in out
+
+    campaign.main(["p.toml"])
+    assert not Path("calls.txt").exists() and "50.50" in capfd.readouterr().out
+    campaign.main(["p.toml", "--seeds", "3"])
+    assert [line.split("--run-name ")[1] for line in calls()] == [
+        "plain-seed-2 --resume auto",
+        "other-seed-2 --resume auto",
+    ]
+
+
+def test_list_says_what_is_there_and_runs_nothing(workplace, capfd):
+    campaign.main(["p.toml", "--seeds", "1"])
+    calls()
+    capfd.readouterr()
+    campaign.main(["p.toml", "--list"])
+    assert not Path("calls.txt").exists()
+    assert [line.split() for line in capfd.readouterr().out.splitlines()[2:4]] == [
+        "plain 0 1 train_fake.py --lr 0.1".split(),
+        "other 0 1 train_fake.py --lr 0.2 --recipe strong".split(),
+    ]
+
+
+def test_a_result_that_does_not_fit_is_named_and_replaced_by_the_new_one_alone(workplace, capfd):
+    campaign.main(["p.toml"])
+    calls()
+    path = Path("results/p/other-seed-1.json")
+    old = path.read_text()
+    Path("p.toml").write_text(PLAN.replace("0.2", "0.3"))
+    campaign.main(["p.toml", "--minutes", "0.005"])  # ends before the first run does
+    assert path.read_text() == old
+    err = capfd.readouterr().err
+    assert (
+        f"warning: {path} is not counted: it does not fit p's row other (--lr is 0.2 there and 0.3 in the plan)" in err
+    )
+    assert calls()[0].endswith("--run-name other-seed-0 --overwrite")
+    campaign.main(["p.toml"])
+    assert len(calls()) == 2 and json.loads(path.read_text())["args"]["lr"] == 0.3
+
+
+def test_a_result_of_another_seed_does_not_fit(workplace, capfd):
+    campaign.main(["p.toml"])
+    Path("results/p/plain-seed-0.json").rename("results/p/plain-seed-1.json")
+    campaign.main(["p.toml", "--list"])
+    said = capfd.readouterr()
+    assert "seed is 0 there" in said.err and said.out.splitlines()[-3].split()[:4] == ["plain", "none", "0", "1"]
+
+
+def test_a_failure_is_named_and_the_others_go_on(workplace, capfd):
+    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --fail 0"))
+    with pytest.raises(UserError, match="1 of 4 runs failed: p/plain, seed 0"):
+        campaign.main(["p.toml"])
+    said = capfd.readouterr()
+    assert said.err.splitlines()[:2] == ["error: planted", "failed, exit code 1: p/plain, seed 0"]
+    assert len(names("results/p")) == 6 and "A title" in said.out
+
+
+def test_the_minutes_end_it_cleanly_and_are_handed_on(workplace, capfd):
+    campaign.main(["p.toml", "--minutes", "0.005"])
+    out = capfd.readouterr().out
+    assert "the minutes are up, 4 of 4 runs are open; go on: python campaign.py p.toml --minutes 0.005" in out
+    assert "not yet measured" in out and 0 < float(calls()[0].split("--minutes ")[1].split()[0]) <= 0.005
+    campaign.main(["p.toml", "--minutes", "5"])
+    assert len(calls()) == 4
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, signum):
+    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 1"))
+    code = (
+        "import campaign, errors; campaign.SCRIPTS['train_fake.py'] = 'fake_parser'; errors.run_script(campaign.main)"
+    )
+    command = [sys.executable, "-c", code, "p.toml"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    started = time.monotonic()
+    while not Path("checkpoints/p/plain-seed-1/begun").exists():
+        assert time.monotonic() - started < 20 and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signum)  # as a terminal does
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signum and err == ""
+    assert "stopped in p/plain, seed 1; go on: python campaign.py p.toml" in out and len(calls()) == 2
+    campaign.main(["p.toml"])
+    assert len(calls()) == 3 and len(names("results/p")) == 8
+
+
+def test_real_runs_are_cut_and_gone_on_with(folder_flags, tmp_path, capfd):
+    """Two rows of two seeds of train_vit.py; the first is stopped after its first step."""
+    at = folder_flags.index("--out-dir")
+    flags = json.dumps([*folder_flags[:at], *folder_flags[at + 2 :], "--epochs", "1"])
+    row = '[[rows]]\nname = "{0}"\nscript = "train_vit.py"\narguments = {1}\n'
+    plan = tmp_path / "tiny.toml"
+    plan.write_text(
+        'title = "Tiny"\nseeds = 2\n' + row.format("a", flags) + row.format("b", flags[:-1] + ', "--lr", "0.1"]')
+    )
+    places = ["--out-dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    campaign.main([str(plan), *places, "--minutes", "0.0005"])
+    assert "stopped in epoch 1 after step" in capfd.readouterr().out and not names(tmp_path / "results")
+    assert "last.pt" in names(tmp_path / "runs" / "tiny" / "a-seed-0")
+    campaign.main([str(plan), *places])
+    out = capfd.readouterr().out
+    assert len(names(tmp_path / "results" / "tiny")) == 8 and "pets" in out
+    kept = json.loads((tmp_path / "results/tiny/b-seed-1.json").read_text())
+    assert kept["args"]["lr"] == 0.1 and kept["seed"] == 1
+
+
+BAD_PLANS = {
+    "is no TOML": ("title = ", "titel: "),
+    "unknown key epochs; there are title, rows": ("seeds = 2", "epochs = 2"),
+    "row 1: unknown key sript; there are name": ("script", "sript"),
+    "row 1: name missing": ('name = "plain"\n', ""),
+    "seeds cannot be 0": ("seeds = 2", "seeds = 0"),
+    "row 1: script cannot be 3": ('script = "train_fake.py"', "script = 3"),
+    "row 1 (plain): unknown script train_it.py; there are train_vit.py": ("train_fake.py", "train_it.py"),
+    "row 2 (other): unrecognized arguments: --reciep strong": ('--recipe", ', '--reciep", '),
+    "row 2 (other): argument --recipe: invalid choice: 'weak'": ("strong", "weak"),
+    "row 1 (plain): --seed cannot stand in a plan": ("--lr 0.1", "--seed 1"),
+    "row 1 (plain): No closing quotation": ("--lr 0.1", "--lr '0.1"),
+    "row 1 (a/b): files are named by it": ('"plain"\nscript', '"a/b"\nscript'),
+    "first is no row to hold others against; there are plain, other": ('baseline = "plain"', 'baseline = "first"'),
+    "nobody is no row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
+    "two rows are named plain": ('name = "other"', 'name = "plain"'),
+}
+
+
+@pytest.mark.parametrize("said", BAD_PLANS)
+def test_bad_plans_are_one_line_before_anything_runs(workplace, said):
+    Path("p.toml").write_text(PLAN.replace(*BAD_PLANS[said]))
+    with pytest.raises(UserError) as error:
+        campaign.main(["p.toml"])
+    assert said in str(error.value) and str(error.value).startswith("p.toml") and "\n" not in str(error.value)
+    assert not Path("calls.txt").exists()
+
+
+def test_a_plan_that_is_not_there_and_one_without_rows(workplace):
+    with pytest.raises(UserError, match=r"q.toml cannot be read \(No such file or directory\)"):
+        campaign.main(["q.toml"])
+    Path("p.toml").write_text('title = "x"\nrows = []\n')
+    with pytest.raises(UserError, match="p.toml: rows are tables"):
+        campaign.main(["p.toml"])
+
+
+@pytest.mark.parametrize("path", sorted(Path("plans").glob("*.toml")), ids=str)
+def test_the_plans_can_be_read(path):
+    plan = read_plan(path, campaign.script_parser)
+    assert plan.title and len(plan.rows) > 1 and any(row.against for row in plan.rows)

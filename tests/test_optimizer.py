@@ -1,0 +1,92 @@
+"""The optimisers, and the average of the weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models import build_model
+from training.optimizer import MuonWithAdamW, make_average, make_optimizer, parameter_groups
+from training.schedules import cosine_schedule
+
+SMALL = {"image_size": 16, "num_classes": 3}
+
+
+def small_model():
+    torch.manual_seed(0)
+    return build_model("cct_2_3x2", **SMALL)
+
+
+def flags(**others):
+    return SimpleNamespace(**{"opt": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay_all": False} | others)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_each_parameter_is_in_one_group_with_its_decay(opt, decay_all):
+    model = small_model()
+    optimizer = make_optimizer(flags(opt=opt, decay_all=decay_all), model)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())) == len(decays)
+    for name, parameter in model.named_parameters():
+        free = not decay_all and (parameter.ndim < 2 or name == "pos_embed")
+        assert decays[id(parameter)] == (0 if free else 0.1), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone():
+    model = small_model()
+    optimizer = make_optimizer(flags(opt="muon"), model)
+    taken = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
+    names = {name.split(".", 2)[2] for name, p in model.named_parameters() if id(p) in taken}
+    assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.0.weight", "mlp.3.weight"} and len(taken) == 2 * 4
+
+
+def test_muon_with_adamw_steps_as_the_two_by_themselves():
+    model, reference = small_model(), small_model()
+    matrices = [p for name, p in reference.named_parameters() if p.ndim == 2 and name.startswith("blocks")]
+    parts = (
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(parameter_groups(reference, 0.1, decay_all=False, leave_out=matrices), lr=0.01, fused=True),
+    )
+    optimizer = make_optimizer(flags(opt="muon"), model)
+    for seed in range(2):
+        for stepped, optimizers in ((model, [optimizer]), (reference, parts)):
+            stepped.zero_grad()
+            pictures = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+            stepped.eval()(pictures).square().mean().backward()
+            for one in optimizers:
+                one.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_schedule_reaches_both_parts_before_and_after_loading():
+    model = small_model()
+    optimizer = make_optimizer(flags(opt="muon"), model)
+    schedule = cosine_schedule(optimizer, epochs=4, steps_per_epoch=1, warmup_epochs=0)
+    model(torch.randn(2, 3, 16, 16)).square().mean().backward()
+    optimizer.step()
+    schedule.step()
+    state = optimizer.state_dict()
+    fresh = MuonWithAdamW(small_model(), lr=0.01, weight_decay=0.1, decay_all=False)
+    fresh_schedule = cosine_schedule(fresh, epochs=4, steps_per_epoch=1, warmup_epochs=0)
+    fresh.load_state_dict(state)
+    fresh_schedule.load_state_dict(schedule.state_dict())
+    for one, its_schedule in ((optimizer, schedule), (fresh, fresh_schedule)):
+        its_schedule.step()
+        rates = [group["lr"] for part in one.parts.values() for group in part.param_groups]
+        assert rates == pytest.approx([0.005] * 3)
+
+
+def test_the_average_follows_its_formula_buffers_included():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = make_average(model, 0.9)
+    expected = None
+    for value in (1.0, 2.0, 4.0):
+        for tensor in (model[0].weight.data, model[1].running_mean):
+            tensor.fill_(value)
+        average.update_parameters(model)
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+    torch.testing.assert_close(average.module[0].weight, torch.full((2, 2), expected))
+    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), expected))
+    assert make_average(model, 0.0) is None and not average.module.training
