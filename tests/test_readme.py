@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import campaign
+import compare
 import rollout
+import train_cct
 import train_vit
 
 README = Path("README.md").read_text()
 
 
 def test_flags_exist():
-    parsers = [train_vit.vit_parser(), rollout.rollout_parser()]  # attribute.py has no flag of its own
+    scripts = [train_vit.vit_parser(), train_cct.cct_parser(), rollout.rollout_parser()]
+    parsers = [*scripts, campaign.campaign_parser(), compare.compare_parser()]  # attribute.py has no flag of its own
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
@@ -26,10 +30,15 @@ def test_files_exist():
 
 
 def test_python_blocks_run(folder_flags, tmp_path, monkeypatch, capsys):
-    """The three blocks, with a run that takes a second instead of the one that they name."""
+    """The four blocks, with a run that takes a second instead of the one that they name."""
     blocks = re.findall(r"(?:^    (?:import|from) .*\n(?:\n?    .*\n)*)", README, re.M)
-    assert len(blocks) == 3
-    notebook, loading, recording = ("\n".join(line[4:] for line in block.splitlines()) for block in blocks)
+    assert len(blocks) == 4
+    own_attention, notebook, loading, recording = ("\n".join(line[4:] for line in block.splitlines()) for block in blocks)
+    exec(own_attention, scope := {})
+    try:
+        train_vit.main([*folder_flags, "--attention", "mean", "--run-name", "own"])
+    finally:
+        del scope["ATTENTIONS"]["mean"]
     exec(notebook.replace('"--dataset", "shapes"', ", ".join(map(repr, folder_flags))), scope := {})
     assert scope["results"]["epochs"] == 2
     exec(loading.replace("checkpoints/vit", str(tmp_path / "runs" / "mine")), scope := {})
@@ -39,7 +48,9 @@ def test_python_blocks_run(folder_flags, tmp_path, monkeypatch, capsys):
 
 
 def test_commands_are_of_scripts_that_exist():
-    assert {name for name in re.findall(r"python (\w+\.py)", README)} == {"train_vit.py", "rollout.py", "attribute.py"}
+    assert {name for name in re.findall(r"python (\w+\.py)", README)} == {
+        *("train_vit.py", "train_cct.py", "rollout.py", "attribute.py", "campaign.py", "compare.py")
+    }
 
 
 def tables_of_maps():
@@ -61,7 +72,7 @@ def test_tables_of_maps_come_from_results(header, rows):
             assert cell == ("{:.3f} ± {:.3f}".format(*scores[measure]) if measure in scores else "-")
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| .*`results/.*$", README, re.M))
+@pytest.mark.parametrize("row", re.findall(r"^\| .*`results/[\w.-]+`.*$", README, re.M))
 def test_numbers_come_from_results(row):
     result = json.loads(Path(re.search(r"`(results/[\w.-]+)`", row)[1]).read_text())
     for said in (
@@ -71,3 +82,7 @@ def test_numbers_come_from_results(row):
         f"{result['epochs']} epochs",
     ):
         assert said.replace("%", " %") in row, said
+
+
+def test_tables_of_plans_are_what_results_give():
+    assert compare.filled_tables(README, "results") == README
