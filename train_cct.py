@@ -19,6 +19,7 @@ from errors import UserError, run_script
 from models import build_model
 from models.attention import ATTENTIONS
 from models.cct import COMPACT_MODELS
+from models.nano import NANO_MODELS
 from models.published import load_published
 from models.summary import summarize
 from policies import POLICIES
@@ -78,7 +79,7 @@ RECIPES = {
 SHORT = 50  # below so many epochs strong takes what is in LIGHT
 MODEL_FLAGS = dict.fromkeys(
     COMPACT_MODELS, ("image_size", "positional_embedding", "attention", "drop", "attn_drop", "drop_path")
-) | {"cct_nano": ("image_size", "attention", "attn_drop", "drop_path")}
+) | dict.fromkeys(NANO_MODELS, ("image_size", "attention", "attn_drop", "drop_path"))
 
 
 def cct_parser():

@@ -2,11 +2,11 @@
 
 from errors import UserError
 from models.cct import COMPACT_MODELS
-from models.nano import NanoTransformer
+from models.nano import NANO_MODELS
 from models.pretrained import PretrainedViT
 from models.vit import VisionTransformer
 
-MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS | {"cct_nano": NanoTransformer}
+MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS | NANO_MODELS
 
 
 def build_model(name, num_classes=10, **model_args):
