@@ -97,17 +97,27 @@ class NoMixing(nn.Module):
         return x
 
 
+class GridConv(nn.Conv2d):
+    """A depthwise 3x3 convolution over the grid (rows, columns) that the tokens (B, N, dim) lie on."""
+
+    def __init__(self, dim, grid):
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        self.grid = grid
+
+    def forward(self, x):
+        x = x.mT.unflatten(2, self.grid)  # (B, dim, rows, columns)
+        return super().forward(x).flatten(2).mT
+
+
 class DepthwiseMixing(NoMixing):
     """The control without a choice of where to look: a 3x3 depthwise convolution over the grid of tokens."""
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.grid = spec.grid
-        self.conv = nn.Conv2d(spec.dim, spec.dim, 3, padding=1, groups=spec.dim)
+        self.conv = GridConv(spec.dim, spec.grid)
 
     def mix(self, x):
-        x = x.mT.unflatten(2, self.grid)  # (B, dim, rows, columns)
-        return self.conv(x).flatten(2).mT
+        return self.conv(x)
 
 
 ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": DepthwiseMixing}

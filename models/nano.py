@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from models.attention import AttentionSpec, make_attention
+from models.attention import AttentionSpec, GridConv, make_attention
 from models.cct import SequencePooling, token_grid
 
 
@@ -30,18 +30,6 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x):
         return x + self.layers(x) if self.residual else self.layers(x)
-
-
-class GridConv(nn.Conv2d):
-    """A depthwise 3x3 convolution over the grid (rows, columns) that the tokens (B, N, dim) lie on."""
-
-    def __init__(self, dim, grid):
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-        self.grid = grid
-
-    def forward(self, x):
-        x = x.mT.unflatten(2, self.grid)  # (B, dim, rows, columns)
-        return super().forward(x).flatten(2).mT
 
 
 class NanoBlock(nn.Module):

@@ -5,7 +5,8 @@ import torch
 
 from errors import UserError
 from models import build_model
-from models.nano import NANO_MODELS, GridConv
+from models.attention import GridConv
+from models.nano import NANO_MODELS
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def test_python_blocks_run(folder_flags, tmp_path, monkeypatch, capsys):
     """The four blocks, with a run that takes a second instead of the one that they name."""
     blocks = re.findall(r"(?:^    (?:import|from) .*\n(?:\n?    .*\n)*)", README, re.M)
     assert len(blocks) == 4
-    own_attention, notebook, loading, recording = ("\n".join(line[4:] for line in block.splitlines()) for block in blocks)
+    blocks = ("\n".join(line[4:] for line in block.splitlines()) for block in blocks)
+    own_attention, notebook, loading, recording = blocks
     exec(own_attention, scope := {})
     try:
         train_vit.main([*folder_flags, "--attention", "mean", "--run-name", "own"])
