@@ -8,7 +8,6 @@ Whoever is measured starts from a batch of uint8 (or of PIL pictures) and ends w
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -24,7 +23,7 @@ from augment import normalize, padded_crop, random_flip
 from errors import run_script
 from files import write_atomically
 from policies import auto_augment
-from training.arguments import at_least
+from training.arguments import Parser, at_least
 from training.device import device_name, pick_device
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
@@ -122,7 +121,7 @@ def print_table(speeds):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
     parser.add_argument("--batch-size", type=at_least(1), default=512)
     parser.add_argument("--rounds", type=at_least(2), default=5)
