@@ -13,6 +13,8 @@ A plan is a TOML file: a title, rows, how many seeds each gets, and the row that
     name = "report"
     script = "train_vit.py"
     arguments = "--epochs 5"   # or a list of strings
+
+A row with init_from = "another row" starts from the weights that the other row's run of the same seed has left.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from comparing.plans import fitting_runs, misfit, plan_pairs, read_plan
+from comparing.plans import by_name, fitting_runs, misfit, plan_pairs, read_plan, run_name
 from comparing.runs import read_run, read_runs
 from comparing.tables import aligned, comparison_table
 from errors import UserError, run_script
@@ -95,14 +97,24 @@ def run_command(command):
     return code
 
 
-def do_run(plan, row, seed, args, minutes):
-    """Train one seed of a row, or go on with it; (exit code, the run in results/, None where it is not finished)."""
+def do_run(plan, row, seed, args, deadline):
+    """Train one seed of a row, or go on with it; (exit code, the run in results/, None where it is not finished).
+
+    The run that it starts from is trained before, where its checkpoint is not there.
+    """
     out_dir = Path(args.out_dir) / plan.name
-    folder = out_dir / f"{row.name}-seed-{seed}"
+    folder = out_dir / run_name(row.name, seed)
+    start = out_dir / run_name(row.init_from, seed) if row.init_from else None
+    if start and not (start / "result.json").exists():
+        code, run = do_run(plan, by_name(plan.rows, row.init_from), seed, args, deadline)
+        if code or not run:
+            return code, None
+    minutes = max(1e-3, (deadline - time.monotonic()) / 60) if deadline else None
     finished = folder / "result.json"
     stale = finished.exists() and (old := read_run(finished, out_dir)) and misfit(row, old.result)
     command = [sys.executable, row.script]
-    for flag, value in (("--device", args.device), ("--data-dir", args.data_dir), ("--minutes", minutes)):
+    ours = {"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes, "--init-from": start}
+    for flag, value in ours.items():
         command += [flag, str(value)] if value else []
     command += [*row.arguments, "--seed", str(seed), "--out-dir", str(out_dir), "--run-name", folder.name]
     code = run_command([*command, *(["--overwrite"] if stale else ["--resume", "auto"])])
@@ -137,12 +149,11 @@ def main(argv=None):
     failed = []
     for number, (plan, row, seed) in enumerate(jobs, 1):
         name = f"{plan.name}/{row.name}, seed {seed}"
-        minutes = (deadline - time.monotonic()) / 60 if deadline else None
         code, run = 0, None
-        if minutes is None or minutes > 0:
+        if deadline is None or time.monotonic() < deadline:
             print(f"--- run {number} of {len(jobs)}: {name}", flush=True)
             try:
-                code, run = do_run(plan, row, seed, args, minutes)
+                code, run = do_run(plan, row, seed, args, deadline)
             except KeyboardInterrupt:
                 print(f"stopped in {name}; go on: {again}")
                 raise

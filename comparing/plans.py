@@ -11,14 +11,16 @@ from errors import UserError
 from training.arguments import given_arguments
 
 PLAN_KEYS = {"title": str, "rows": list, "baseline": str, "seeds": int}
-ROW_KEYS = {"name": str, "script": str, "arguments": (str, list), "seeds": int, "against": str}
-OPTIONAL_KEYS = ("baseline", "seeds", "against")
+ROW_KEYS = {"name": str, "script": str, "arguments": (str, list), "seeds": int, "against": str, "init_from": str}
+OPTIONAL_KEYS = ("baseline", "seeds", "against", "init_from")
 CAMPAIGNS_OWN = ("seed", "out_dir", "run_name", "resume", "overwrite", "minutes", "summary")
 PLACES = ("data_dir", "cache_dir")  # where, not what: result.json leaves them out
 
 
 class PlanRow(NamedTuple):
-    """A row: `given` is what its arguments say, by name; `against` is the row that it is held against, or None."""
+    """A row: `given` is what its arguments say, by name; `against` is the row that it is held against, or None, and
+    `init_from` the row whose weights, of the same seed, it starts from, or None.
+    """
 
     name: str
     script: str
@@ -26,6 +28,7 @@ class PlanRow(NamedTuple):
     given: dict
     seeds: int
     against: str | None
+    init_from: str | None
 
 
 class Plan(NamedTuple):
@@ -52,7 +55,10 @@ def parse_row(table, plan, where, script_parser):
         raise UserError(f"{where}: files are named by it, so that it must be of letters, digits, . _ and -")
     try:
         arguments = shlex.split(arguments) if isinstance(arguments, str) else list(map(str, arguments))
-        given = given_arguments(script_parser(table["script"]), arguments)
+        parser = script_parser(table["script"])
+        given = given_arguments(parser, arguments)
+        if "init_from" in table:
+            given_arguments(parser, ["--init-from", table["init_from"]])
     except ValueError as error:  # a UserError is one too
         raise UserError(f"{where}: {error}") from error
     if taken := [f"--{flag.replace('_', '-')}" for flag in CAMPAIGNS_OWN if flag in given]:
@@ -65,7 +71,12 @@ def parse_row(table, plan, where, script_parser):
         given=given,
         seeds=table.get("seeds", plan.get("seeds", 1)),
         against=None if against == name else against,
+        init_from=table.get("init_from"),
     )
+
+
+def by_name(rows, name):
+    return next(row for row in rows if row.name == name)
 
 
 def read_plan(path, script_parser):
@@ -85,10 +96,19 @@ def read_plan(path, script_parser):
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two rows are named {twice[0]}")
-    for name in (plan.get("baseline"), *(row.against for row in rows)):
+    for name in (plan.get("baseline"), *(row.against for row in rows), *(row.init_from for row in rows)):
         if name is not None and name not in names:
-            raise UserError(f"{path}: {name} is no row to hold others against; there are {', '.join(names)}")
+            raise UserError(
+                f"{path}: {name} is no row, to hold others against or to start from; there are {', '.join(names)}"
+            )
+    if loops := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).init_from]:
+        raise UserError(f"{path}: {loops[0]} starts from a row that does not start from scratch")
     return Plan(Path(path).stem, plan["title"], rows)
+
+
+def run_name(row_name, seed):
+    """What a run's folder and file are called."""
+    return f"{row_name}-seed-{seed}"
 
 
 def misfit(row, result):
@@ -98,6 +118,8 @@ def misfit(row, result):
     for name in row.given.keys() - set(PLACES):
         flag = f"--{name.replace('_', '-')}"
         wanted[flag], found[flag] = row.given[name], result["args"].get(name)
+    if row.init_from:
+        wanted["init_from"], found["init_from"] = run_name(row.init_from, result["seed"]), result.get("init_from")
     different = [name for name in sorted(wanted) if found[name] != wanted[name]]
     return "; ".join(f"{name} is {found[name]} there and {wanted[name]} in the plan" for name in different) or None
 

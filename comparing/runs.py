@@ -73,7 +73,7 @@ def read_run(path, folder):
 
 
 def read_runs(folder):
-    """All runs below a folder but for those of OTHERS, by name and seed. Raises UserError where there is no such folder."""
+    """All runs below a folder but for those of OTHERS, by name and seed. Raises UserError where there is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--results {folder}: there is no such folder")

@@ -27,7 +27,7 @@ def fake_parser():
         parser.add_argument(flag, type=float)
     parser.add_argument("--recipe", choices=("report", "strong"))
     parser.add_argument("--overwrite", action="store_true")
-    for flag in ("--data-dir", "--device", "--out-dir", "--run-name", "--resume"):
+    for flag in ("--data-dir", "--device", "--out-dir", "--run-name", "--resume", "--init-from"):
         parser.add_argument(flag)
     return parser
 
@@ -49,6 +49,7 @@ if __name__ == "__main__":
     (folder / "result.json").write_text(json.dumps({
         "script": "train_fake.py", "args": args, "params": 10, "dataset_name": "fake", "data_hash": "", "epochs": 1,
         "seed": int(args["seed"]), "test_accuracy": 0.5 + args["seed"] / 100, "val_accuracy": None, "device": "none",
+        "init_from": args["init_from"] and Path(args["init_from"]).name,
     }))
 """
 PLAN = """
@@ -87,6 +88,22 @@ def calls():
 
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_row_starts_from_another_rows_run_of_the_same_seed(workplace, capfd):
+    """Also where that run's result is kept but its checkpoint is not there: then it is trained again."""
+    Path("p.toml").write_text(PLAN + 'init_from = "plain"\n')
+    campaign.main(["p.toml", "--seeds", "1"])
+    assert "--init-from checkpoints/p/plain-seed-0 --lr 0.2" in calls()[1]
+    Path("checkpoints/p/plain-seed-0/result.json").unlink()
+    Path("results/p/other-seed-0.json").unlink()
+    campaign.main(["p.toml", "--seeds", "1"])
+    assert [line.partition("--run-name ")[2].split()[0] for line in calls()] == ["plain-seed-0", "other-seed-0"]
+    result = json.loads(Path("results/p/other-seed-0.json").read_text())
+    Path("results/p/other-seed-0.json").write_text(json.dumps(result | {"init_from": "plain-seed-7"}))
+    capfd.readouterr()
+    campaign.main(["p.toml", "--seeds", "1", "--list"])
+    assert "init_from is plain-seed-7 there and plain-seed-0 in the plan" in capfd.readouterr().err
 
 
 def test_a_plan_is_done_row_by_row_once(workplace, capfd):

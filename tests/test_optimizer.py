@@ -18,10 +18,11 @@ def small_model():
 
 
 def flags(**others):
-    return SimpleNamespace(**{"opt": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay_all": False} | others)
+    defaults = {"opt": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay_all": False}
+    return SimpleNamespace(**defaults | {"momentum": 0.8, "opt_betas": [0.7, 0.9], "opt_eps": 1e-6} | others)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "muon"])
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_each_parameter_is_in_one_group_with_its_decay(opt, decay_all):
     model = small_model()
@@ -31,6 +32,34 @@ def test_each_parameter_is_in_one_group_with_its_decay(opt, decay_all):
     for name, parameter in model.named_parameters():
         free = not decay_all and (parameter.ndim < 2 or name == "pos_embed")
         assert decays[id(parameter)] == (0 if free else 0.1), name
+
+
+@pytest.mark.parametrize(
+    ("opt", "reference"),
+    [
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.8, weight_decay=0.1)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.1)),
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.1)),
+    ],
+)
+def test_steps_are_torchs(opt, reference):
+    models = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = make_optimizer(flags(opt=opt, decay_all=True), models[0]), reference(models[1].parameters())
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+def test_what_is_frozen_is_in_no_group():
+    model = small_model()
+    model.blocks[0].requires_grad_(False)
+    for opt in ("sgd", "muon"):
+        groups = make_optimizer(flags(opt=opt), model).param_groups
+        assert not [p for group in groups for p in group["params"] if not p.requires_grad]
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone():

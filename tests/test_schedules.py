@@ -12,6 +12,7 @@ STEPS = 7  # an epoch
 def optimizer_and_schedule(name, **options):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     defaults = {"sched": name, "epochs": 20, "milestones": None, "gamma": 0.1, "warmup_epochs": None}
+    defaults |= {"lr": 0.3, "div_factor": 10.0}
     return optimizer, make_schedule(Namespace(**defaults | options), optimizer, steps_per_epoch=STEPS)
 
 
@@ -35,7 +36,15 @@ def cosine_closed_form(step, *, warmup, total):
     return 0.15 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def onecycle_closed_form(step, *, total):
+    peak = 0.3 * total - 1
+    if step <= peak:
+        return 0.03 + (0.3 - 0.03) * (1 - math.cos(math.pi * step / peak)) / 2
+    return 3e-6 + (0.3 - 3e-6) * (1 + math.cos(math.pi * (step - peak) / (total - 1 - peak))) / 2
+
+
 CASES = {
+    "one cycle": ("onecycle", {}, lambda t: onecycle_closed_form(t, total=20 * STEPS)),
     "multistep, as in the report": ("multistep", {"epochs": 160}, lambda t: multistep_closed_form(t, (100, 150))),
     "multistep, scaled": ("multistep", {}, lambda t: multistep_closed_form(t, (12, 19))),
     "multistep, given": ("multistep", {"milestones": [3, 5, 9]}, lambda t: multistep_closed_form(t, (3, 5, 9))),
@@ -64,3 +73,17 @@ def test_whole_sequence_equals_the_closed_form_also_across_a_resume(case):
         optimizer.load_state_dict(saved[0])
         schedule.load_state_dict(saved[1])
         assert before + rates(optimizer, schedule, total - stop) == pytest.approx(expected, abs=1e-12)
+
+
+def test_momentum_goes_down_and_up_against_the_one_cycle():
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.3, betas=(0.9, 0.99))
+    args = Namespace(sched="onecycle", epochs=20, lr=0.3, div_factor=10.0)
+    schedule = make_schedule(args, optimizer, steps_per_epoch=STEPS)
+    seen = []
+    for _ in range(20 * STEPS):
+        seen.append(optimizer.param_groups[0]["betas"])
+        optimizer.step()
+        schedule.step()
+    first = [betas[0] for betas in seen]
+    assert first[0] == pytest.approx(0.95) and first[-1] == pytest.approx(0.95) and min(first) == pytest.approx(0.85)
+    assert first.index(min(first)) == 6 * STEPS - 1 and {betas[1] for betas in seen} == {0.99}

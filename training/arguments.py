@@ -145,19 +145,27 @@ def make_parser(description, *, recipes, datasets, policies):
         "--lr", type=positive, help="peak learning rate; lower it if the loss is not finite (%(default)s)"
     )
     training.add_argument(
-        "--opt", choices=("adamw", "muon"), help="muon learns more in few epochs, and costs more a step (%(default)s)"
+        "--opt",
+        choices=("sgd", "adam", "adamw", "muon"),
+        help="muon learns more in few epochs, and costs more a step (%(default)s)",
     )
+    training.add_argument("--momentum", type=fraction, help="of sgd (%(default)s)")
+    training.add_argument("--opt-betas", type=fraction, nargs=2, metavar="B", help="of adam and adamw (%(default)s)")
+    training.add_argument("--opt-eps", type=positive, metavar="E", help="of adam and adamw (%(default)s)")
     training.add_argument("--weight-decay", type=at_least(0, float), help="(%(default)s)")
     training.add_argument(
         "--decay-all", action=argparse.BooleanOptionalAction, help="decay biases, norms and embeddings too"
     )
-    training.add_argument("--sched", choices=("multistep", "cosine"), help="(%(default)s)")
+    training.add_argument("--sched", choices=("multistep", "cosine", "onecycle"), help="(%(default)s)")
     training.add_argument(
         "--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help="where multistep falls (5/8 and 15/16)"
     )
     training.add_argument("--gamma", type=positive, help="by how much it falls (%(default)s)")
     training.add_argument(
         "--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help="of cosine (a tenth of all)"
+    )
+    training.add_argument(
+        "--div-factor", type=positive, metavar="F", help="onecycle starts from the peak over F (%(default)s)"
     )
     training.add_argument("--smoothing", type=fraction, help="of the labels (%(default)s)")
     training.add_argument(
@@ -201,6 +209,10 @@ def make_parser(description, *, recipes, datasets, policies):
         mixup=0.0,
         cutmix=0.0,
         opt="adamw",
+        momentum=0.9,
+        opt_betas=[0.9, 0.999],
+        opt_eps=1e-8,
+        div_factor=25.0,
         smoothing=0.0,
         model_ema_decay=0.0,
         seed=0,

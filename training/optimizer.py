@@ -5,7 +5,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
-    """Two groups for an optimiser: with weight decay, and without; leave_out are parameters for another optimiser.
+    """Two groups for an optimiser: with weight decay, and without; leave_out are parameters for another optimiser, and
+    those that are not trained have no place in either.
 
     Unless decay_all, vectors (biases, norms) and what model.no_weight_decay names are left out, as is usual since
     Vaswani et al.'s code; the report's own run decays everything.
@@ -13,7 +14,7 @@ def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
     left_out = {id(parameter) for parameter in leave_out}
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        if id(parameter) in left_out:
+        if id(parameter) in left_out or not parameter.requires_grad:
             continue
         skip = not decay_all and (parameter.ndim < 2 or name in model.no_weight_decay)
         (free if skip else decayed).append(parameter)
@@ -28,7 +29,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model, *, lr, weight_decay, decay_all):
-        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        matrices = [p for name, p in trained if p.ndim == 2 and name.startswith("blocks.")]
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=matrices)
         self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, fused=True)}
@@ -53,14 +55,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(args, model):
-    """The optimiser that the flags ask for (--opt, --lr, --weight-decay, --decay-all).
+    """The optimiser that the flags ask for (--opt, --lr, --weight-decay, --decay-all, --momentum, --opt-betas,
+    --opt-eps), of the parameters that are to be trained.
 
-    AdamW (Loshchilov & Hutter 2019) has torch's betas and its fused form: one pass over the weights a step.
+    adam adds weight decay to the gradient, adamw takes it off the weights (Loshchilov & Hutter 2019). All but muon are
+    torch's fused forms: one pass over the weights a step.
     """
     if args.opt == "muon":
         return MuonWithAdamW(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
     groups = parameter_groups(model, args.weight_decay, decay_all=args.decay_all)
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    if args.opt == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.opt]
+    return kind(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
 
 
 def make_average(model, decay):

@@ -116,8 +116,8 @@ def git_commit(script):
 
 
 def count_parameters(model, leave_out=None):
-    """How many trainable parameters a model has, but for the one of the name leave_out."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name != leave_out)
+    """How many parameters a model has, but for the one of the name leave_out."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name != leave_out)
 
 
 def write_result(path, run, *, test_accuracy, at_best_val):
