@@ -109,7 +109,7 @@ def do_run(plan, row, seed, args, deadline):
         code, run = do_run(plan, by_name(plan.rows, row.init_from), seed, args, deadline)
         if code or not run:
             return code, None
-    minutes = max(1e-3, (deadline - time.monotonic()) / 60) if deadline else None
+    minutes = max(1e-4, (deadline - time.monotonic()) / 60) if deadline else None
     finished = folder / "result.json"
     stale = finished.exists() and (old := read_run(finished, out_dir)) and misfit(row, old.result)
     command = [sys.executable, row.script]

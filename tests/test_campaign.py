@@ -245,7 +245,7 @@ BAD_PLANS = {
     "row 1 (plain): --seed cannot stand in a plan": ("--lr 0.1", "--seed 1"),
     "row 1 (plain): No closing quotation": ("--lr 0.1", "--lr '0.1"),
     "row 1 (a/b): files are named by it": ('"plain"\nscript', '"a/b"\nscript'),
-    "first is no row to hold others against; there are plain, other": ('baseline = "plain"', 'baseline = "first"'),
+    "first is no row, to hold others against or to start from; there are plain, other": ('baseline = "plain"', 'baseline = "first"'),
     "nobody is no row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
     "two rows are named plain": ('name = "other"', 'name = "plain"'),
 }
