@@ -37,7 +37,7 @@ def compare_parser():
     )
     parser.add_argument("--by", choices=("test", "val"), default="test", help="which accuracy (%(default)s)")
     parser.add_argument(
-        "--paired", action="store_true", help="by seed: for runs that start from one trained trunk, not from scratch"
+        "--paired", action="store_true", help="compare named runs seed by seed, those that start from one trained trunk"
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the curves of these runs (with --score: the scores), a PNG"
@@ -59,7 +59,7 @@ def filled_tables(text, results):
         if not end:
             raise UserError(f"<!-- table: {path} --> is not followed by {TABLE_END}")
         plan = read_plan(path, script_parser)
-        groups = [group for group, _ in plan_pairs(plan, fitting_runs(plan, measured))]
+        groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
         table = groups_table(groups, layout=markdown)
         before += f"<!-- table: {path} -->\n{plan.title}, `python campaign.py {path}`:\n\n{table}\n{end}{after}"
     return before
@@ -75,14 +75,14 @@ def fill_readme(path, results):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def asked_for(names, measured, groups, results):
+def asked_for(names, measured, groups, results, *, paired):
     """[(title or None, pairs as comparison_table takes them)]: one a plan, and one of the other names together."""
     tables = []
     for path in (name for name in names if name.endswith(".toml")):
         plan = read_plan(path, script_parser)
         tables.append((f"{plan.title} ({path})", plan_pairs(plan, fitting_runs(plan, measured))))
     if found := [find_group(groups, name, results) for name in names if not name.endswith(".toml")]:
-        tables.append((None, [(group, found[0] if group is not found[0] else None) for group in found]))
+        tables.append((None, [(group, found[0] if group is not found[0] else None, paired) for group in found]))
     return tables
 
 
@@ -99,11 +99,11 @@ def main(argv=None):
         if args.plot:
             draw_scores(args.plot, groups)
     elif args.names:
-        tables = asked_for(args.names, measured, groups, args.results)
+        tables = asked_for(args.names, measured, groups, args.results, paired=args.paired)
         for title, pairs in tables:
-            print(*filter(None, [title, comparison_table(pairs, by=args.by, paired=args.paired)]), sep="\n", end="\n\n")
+            print(*filter(None, [title, comparison_table(pairs, by=args.by)]), sep="\n", end="\n\n")
         if args.plot:
-            draw_groups(args.plot, [group for _, pairs in tables for group, _ in pairs], by=args.by)
+            draw_groups(args.plot, [group for _, pairs in tables for group, _, _ in pairs], by=args.by)
     elif args.plot:
         raise UserError(f"--plot {args.plot} needs names of runs, or --score")
     else:

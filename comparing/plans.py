@@ -143,6 +143,13 @@ def fitting_runs(plan, runs):
 
 
 def plan_pairs(plan, found):
-    """(group, the group that it is held against, or None) for each row: what comparison_table takes."""
+    """(group, the group that it is held against, or None, whether by seed) for each row: what comparison_table takes.
+
+    Rows are compared seed by seed where both start from the same trained row.
+    """
     groups = {name: Group(name, list(runs.values())) for name, runs in found.items()}
-    return [(groups[row.name], groups.get(row.against)) for row in plan.rows]
+    starts = {row.name: row.init_from for row in plan.rows}
+    return [
+        (groups[row.name], groups.get(row.against), bool(row.init_from) and starts.get(row.against) == row.init_from)
+        for row in plan.rows
+    ]

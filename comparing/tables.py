@@ -60,11 +60,11 @@ def groups_table(groups, *, by="test", layout=aligned):
     return layout([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
 
-def comparison_table(pairs, *, by="test", paired=False):
+def comparison_table(pairs, *, by="test"):
     """groups_table of pairs (group, the baseline that it is held against, or None), and below it their differences."""
-    text = groups_table([group for group, _ in pairs], by=by)
+    text = groups_table([group for group, _, _ in pairs], by=by)
     names, comparisons = [], []
-    for group, base in pairs:
+    for group, base, paired in pairs:
         comparison = base and compare_accuracies(group.accuracies(by), base.accuracies(by), paired=paired)
         if not comparison:
             continue
@@ -72,16 +72,16 @@ def comparison_table(pairs, *, by="test", paired=False):
         if len(datasets) > 1:
             text += f"\n{group.name} and {base.name} are not compared: {' and '.join(sorted(datasets))}"
             continue
-        names.append(f"{group.name} - {base.name}")
+        names.append((f"{group.name} - {base.name}", "paired" if paired else "unpaired"))
         comparisons.append(comparison)
     if not comparisons:
         return text
-    rows = [["difference", "points", "95 % interval", "verdict"]]
+    rows = [["difference", "seeds", "points", "95 % interval", "verdict"]]
     for name, comparison, verdict in zip(names, comparisons, verdicts(comparisons), strict=True):
         difference = f"{100 * comparison.difference:+.2f}"
-        rows.append([name, difference, interval_text(comparison.interval, "{:+.2f}"), verdict])
+        rows.append([*name, difference, interval_text(comparison.interval, "{:+.2f}"), verdict])
     text += "\n\n" + aligned(rows)
     if tested := sum(comparison.p_value is not None for comparison in comparisons):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
-        text += f"\np: exact two-sided permutation test over seeds, {'' if paired else 'un'}paired{correction}"
+        text += f"\np: exact two-sided permutation test over seeds{correction}"
     return text

@@ -162,10 +162,13 @@ def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
 
 def test_two_groups_side_by_side(measured, capsys):
     out = "\n".join(lines_of(capsys, "--results", measured, "plain", measured / "drop/better-seed-1.json"))
-    assert "drop/better - drop/plain  +10.00  +4.52 to +15.48  none, N is too small: p cannot go below 0.1" in out
+    assert (
+        "drop/better - drop/plain  unpaired  +10.00  +4.52 to +15.48  none, N is too small: p cannot go below 0.1"
+        in out
+    )
     assert "permutation" not in out
     out = "\n".join(lines_of(capsys, "--results", measured, "--paired", "drop/plain", "drop/better"))
-    assert "+10.00  +7.52 to +12.48  none, N is too small: p cannot go below 0.25" in out
+    assert "  paired  +10.00  +7.52 to +12.48  none, N is too small: p cannot go below 0.25" in out
 
 
 def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
@@ -173,7 +176,22 @@ def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
         write_measured(measured, "drop/plain", seed, 0.5)
         write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2})
     out = "\n".join(lines_of(capsys, "--results", measured, "plain", "better"))
-    assert "better, p = 0.0079\np: exact two-sided permutation test over seeds, unpaired" in out  # 2 of 252
+    assert "better, p = 0.0079\np: exact two-sided permutation test over seeds" in out  # 2 of 252
+
+
+def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path, capsys):
+    """One point better on every seed, where the seeds lie ten points apart: only pairs can show it."""
+    starts = 'script = "train_cct.py"\narguments = ""\n'
+    trunk = f'title = "T"\nseeds = 6\n[[rows]]\nname = "trunk"\n{starts}'
+    end = f'[[rows]]\nname = "end"\n{starts}init_from = "trunk"\n'
+    path = tmp_path / "p.toml"
+    path.write_text(trunk + end + end.replace('"end"', '"block"') + 'against = "end"\n')
+    for seed in range(6):
+        for name, accuracy in (("trunk", 0.5), ("end", 0.3 + seed / 10), ("block", 0.31 + seed / 10)):
+            start = None if name == "trunk" else f"trunk-seed-{seed}"
+            write_measured(measured, f"p/{name}", seed, accuracy, script="train_cct.py", init_from=start)
+    lines = lines_of(capsys, "--results", measured, str(path))
+    assert "block - end paired +1.00 +1.00 to +1.00 better, p = 0.031".split() in [line.split() for line in lines]
 
 
 def test_another_dataset_is_not_compared(measured, capsys):
