@@ -122,11 +122,15 @@ def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean"
     """({method: maps (B, h, w)}, logits (B, classes)) of pictures (B, C, H, W), in the model's present mode.
 
     targets (B,) are the classes that methods with gradients explain, the predicted ones where none are given. One
-    forward pass serves all methods. Raises UserError for a model without attention.
+    forward pass serves all methods. Raises UserError for a model without attention, or with layers of different sizes.
     """
     wants_gradients = any(method in WITH_GRADIENTS for method in methods)
     with torch.set_grad_enabled(wants_gradients), AttentionRecorder(model) as recorder:
         logits = model(pictures)
+    tokens = list(dict.fromkeys(weights.shape[-1] for weights in recorder.weights))
+    if len(tokens) > 1:
+        sizes = " and ".join(map(str, tokens))
+        raise UserError(f"{type(model).__name__}'s layers attend over {sizes} tokens, which give no one map")
     gradients = None
     if wants_gradients:
         targets = logits.argmax(1) if targets is None else targets
@@ -147,9 +151,10 @@ def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean"
 
 def maps_as_reported(model, pictures, *, join=report):
     """Maps (B, h, w) the report's way: in training mode, with a forward pass of its own for every layer, so
-    that no two layers belong to the same dropout masks. join makes one matrix of the layers.
+    that no two layers belong to the same dropout masks. join makes one matrix of the layers. The model stays as it is.
     """
     training = model.training
+    buffers = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's statistics and the like
     layers = []
     try:
         model.train()
@@ -160,4 +165,6 @@ def maps_as_reported(model, pictures, *, join=report):
                 layers.append(recorder.attentions[layer])
     finally:
         model.train(training)
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
     return model_maps(model, join(layers), recorder.pooling)

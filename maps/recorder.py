@@ -11,11 +11,12 @@ class AttentionRecorder:
 
     `attentions` is a list of (B, heads, N, N), first layer first, query before key, rows summing to 1; with
     gradients=True and after a backward pass, `gradients` is the list of their gradients. `pooling` is (B, N), the
-    softmax of a model that pools its tokens, else None. Each forward pass replaces what the one before left.
+    softmax of a model that pools its tokens, uniform where its attribute `class_token` is False and it has none, else
+    None. Each forward pass replaces what the one before left.
 
     While it is open, torch's scaled_dot_product_attention is one that keeps its weights, nn.MultiheadAttention's fast
     path (which calls nothing that could be replaced) is off, and submodules named `softmax` are hooked. Leaving puts
-    all of it back. Raises UserError where a forward pass meets no attention.
+    all of it back. Raises UserError where a forward pass meets no attention, or a module with `sums_to_one` False.
     """
 
     def __init__(self, model, *, gradients=False):
@@ -46,8 +47,15 @@ class AttentionRecorder:
 
     def end_forward(self, model, inputs, output):
         self.running = False
+        for module in model.modules():
+            if getattr(module, "sums_to_one", None) is False:
+                name = type(module).__name__
+                raise UserError(f"{name}'s weights are no distribution to draw: attribute.py explains any model")
         if not self.weights:
             raise UserError(f"{type(model).__name__} has no attention to record: attribute.py explains any model")
+        if self.pooling is None and getattr(model, "class_token", None) is False:
+            weights = self.weights[-1].detach()
+            self.pooling = weights.new_full((len(weights), weights.shape[-1]), 1 / weights.shape[-1])
 
     def keep(self, weights):
         if self.keep_gradients:

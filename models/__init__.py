@@ -4,9 +4,11 @@ from errors import UserError
 from models.cct import COMPACT_MODELS
 from models.nano import NANO_MODELS
 from models.pretrained import PretrainedViT
+from models.resnet import RESNETS
 from models.vit import VisionTransformer
+from models.xresnet import XRESNETS
 
-MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS | NANO_MODELS
+MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS | NANO_MODELS | RESNETS | XRESNETS
 
 
 def build_model(name, num_classes=10, **model_args):

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from errors import UserError
+from maps.methods import attention_maps, maps_as_reported
 from maps.recorder import AttentionRecorder
 from models import build_model
 
@@ -213,6 +214,36 @@ def test_under_autocast_and_in_training_mode_our_own_layers_are_recorded():
         model(PICTURES)[:, 0].sum().backward()
     assert len(recorder.attentions) == 3 and recorder.attentions[0].dtype == torch.float32
     assert recorder.gradients[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("attention", ["graph", "graph_v2", "classic", "sagan"])
+def test_a_resnets_map_is_the_mean_over_those_who_ask(attention):
+    torch.manual_seed(0)
+    model = build_model("resnet18", width=8, attention=attention, attention_after="layer3").eval()
+    with AttentionRecorder(model) as recorder:
+        model(PICTURES)
+    (weights,) = recorder.attentions  # (2, heads, 64, 64)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+    assert torch.equal(recorder.pooling, torch.full((2, 64), 1 / 64))
+    maps, _ = attention_maps(model, PICTURES, ["raw", "rollout", "gradient_rollout"])
+    torch.testing.assert_close(maps["raw"], weights.mean(dim=(1, 2)).unflatten(1, (8, 8)))
+    torch.testing.assert_close(maps["rollout"], maps["raw"] / 2 + 1 / 128)
+    assert maps["gradient_rollout"].shape == (2, 8, 8)
+
+
+def test_maps_in_training_mode_leave_the_statistics_of_a_resnet_as_they_were():
+    model = build_model("resnet18", width=8, attention="sagan").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    maps_as_reported(model, PICTURES)
+    assert not model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["resnet18", "xresnet18"])
+def test_weights_that_are_no_distribution_are_refused_by_name(model):
+    model = build_model(model, attention="simple", image_size=32)
+    message = "SimpleSelfAttention's weights are no distribution to draw: attribute.py explains any model"
+    with pytest.raises(UserError, match=message), AttentionRecorder(model):
+        model(PICTURES)
 
 
 @pytest.mark.slow
