@@ -124,7 +124,7 @@ def test_a_plan_is_done_row_by_row_once(workplace, capfd):
     ]
     out = capfd.readouterr().out
     assert "--- run 4 of 4: p/other, seed 1" in out and "A title (p)\nname" in out
-    assert "plain  fake          1          10  50.50 ± 0.71 %" in out and "other - plain   +0.00" in out
+    assert "plain  fake          1          10  50.50 ± 0.71 %" in out and "other - plain  unpaired   +0.00" in out
 
     campaign.main(["p.toml"])
     assert not Path("calls.txt").exists() and "50.50" in capfd.readouterr().out
@@ -245,7 +245,10 @@ BAD_PLANS = {
     "row 1 (plain): --seed cannot stand in a plan": ("--lr 0.1", "--seed 1"),
     "row 1 (plain): No closing quotation": ("--lr 0.1", "--lr '0.1"),
     "row 1 (a/b): files are named by it": ('"plain"\nscript', '"a/b"\nscript'),
-    "first is no row, to hold others against or to start from; there are plain, other": ('baseline = "plain"', 'baseline = "first"'),
+    "first is no row, to hold others against or to start from; there are plain, other": (
+        'baseline = "plain"',
+        'baseline = "first"',
+    ),
     "nobody is no row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
     "two rows are named plain": ('name = "other"', 'name = "plain"'),
 }
