@@ -6,24 +6,41 @@ import torch
 from torchvision.transforms import v2
 
 from augment import cutout, normalize, padded_crop, random_erasing, random_flip, random_resized_crop, random_rotation
+from crops import crop_batches
+from large import LargePictures
 from policies import POLICIES
 from seeding import seed_for
+
+RATIO = (3 / 4, 4 / 3)  # of a random resized crop where --ratio is not given: torchvision's
 
 
 class Batches:
     """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (pictures, labels).
 
     Pictures come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float where mix has mixed
-    them. All pictures lie on the device as uint8. With a seed, the order follows from (seed, epoch), and all else that
-    is drawn from (seed, epoch, step): each of transforms is applied to the uint8 pictures, each of float_transforms to
-    the normalised ones, as transform(pictures, generator), and then mix(pictures, labels), which draws from torch's
-    global generator. Without a seed pictures come in order, as they are.
+    them. All pictures lie on the device as uint8; LargePictures come as `crops`, from crop_batches. With a seed, the
+    order follows from (seed, epoch), and all else that is drawn from (seed, epoch, step): each of transforms is applied
+    to the uint8 pictures, each of float_transforms to the normalised ones, as transform(pictures, generator), and then
+    mix(pictures, labels), which draws from torch's global generator. Without a seed pictures come in order, as they
+    are.
     """
 
     def __init__(
-        self, split, *, batch_size, mean, std, device, seed=None, transforms=(), float_transforms=(), mix=None
+        self,
+        split,
+        *,
+        batch_size,
+        mean,
+        std,
+        device,
+        seed=None,
+        crops=None,
+        transforms=(),
+        float_transforms=(),
+        mix=None,
     ):
-        self.pictures, self.labels = split.pictures.to(device), split.labels.to(device)
+        self.crops, self.pictures = crops, None if crops else split.pictures.to(device)
+        self.labels = split.labels.to(device)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
@@ -34,10 +51,14 @@ class Batches:
         order = torch.arange(len(self.labels))
         if self.seed is not None:
             order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
-        order = order.to(self.device)
-        for step in range(start_step, self.steps_per_epoch):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            pictures, labels = self.pictures[chosen], self.labels[chosen]
+        chosen = order.to(self.device).split(self.batch_size)
+        if self.crops:
+            parts = enumerate(order.split(self.batch_size))
+            cut = self.crops([(part.numpy(), epoch, step) for step, part in parts if step >= start_step])
+        else:
+            cut = (self.pictures[indices] for indices in chosen[start_step:])
+        for step, pictures in enumerate(cut, start_step):
+            pictures, labels = pictures.to(self.device, non_blocking=True), self.labels[chosen[step]]
             if self.seed is not None:
                 generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
             for transform in self.transforms:
@@ -52,16 +73,19 @@ class Batches:
             yield pictures, labels
 
 
-def picture_transforms(args):
-    """The random transforms of uint8 pictures that the flags ask for, in the order in which they are applied."""
+def picture_transforms(args, *, cropped=False):
+    """The random transforms of uint8 pictures that the flags ask for, in the order in which they are applied.
+
+    Where these are `cropped` already, --scale is not among them.
+    """
     if args.aa != "none":
         yield partial(POLICIES[args.aa], fill=args.fill)
     if args.hflip:
         yield partial(random_flip, p=args.hflip)
     if args.crop_padding:
         yield partial(padded_crop, padding=args.crop_padding)
-    if args.scale:
-        yield partial(random_resized_crop, scale=args.scale, ratio=args.ratio)
+    if args.scale and not cropped:
+        yield partial(random_resized_crop, scale=args.scale, ratio=args.ratio or RATIO)
     if args.rotate:
         yield partial(random_rotation, degrees=args.rotate, fill=args.fill)
 
@@ -86,6 +110,17 @@ def mixing(args, num_classes):
 
 def training_batches(dataset, args, device):
     """Batches of the training pictures, shuffled and augmented as the flags say."""
+    crops = None
+    if isinstance(dataset.train.pictures, LargePictures):
+        crops = crop_batches(
+            dataset.train.pictures,
+            scale=args.scale,
+            ratio=args.ratio or RATIO,
+            seed=args.seed,
+            device=device,
+            cache_gib=args.cache_gib,
+            workers=args.workers,
+        )
     return Batches(
         dataset.train,
         batch_size=args.batch_size,
@@ -93,7 +128,8 @@ def training_batches(dataset, args, device):
         std=dataset.std,
         device=device,
         seed=args.seed,
-        transforms=tuple(picture_transforms(args)),
+        crops=crops,
+        transforms=tuple(picture_transforms(args, cropped=bool(crops))),
         float_transforms=tuple(normalised_transforms(args)),
         mix=mixing(args, len(dataset.classes)),
     )

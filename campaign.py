@@ -34,7 +34,8 @@ from errors import UserError, run_script
 from files import make_folder, write_atomically
 from training.arguments import Parser, at_least, positive
 
-SCRIPTS = {"train_vit.py": "vit_parser", "train_cct.py": "cct_parser"}  # what a row may run: who knows its flags
+# what a row may run, and who knows its flags
+SCRIPTS = {"train_vit.py": "vit_parser", "train_cct.py": "cct_parser", "train_resnet_attn.py": "resnet_parser"}
 
 
 def script_parser(script):

@@ -10,14 +10,18 @@ import torchvision
 from torchvision.transforms.functional import resize
 
 from errors import UserError
-from folders import find_splits, read_folder
+from folders import by_all_cores, find_splits, read_folder
+from imagenette import IMAGENETTES, READABLE, find_imagenette
+from large import LargePictures, read_large_folder
 from shapes import CLASSES, make_shapes
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder")
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
+SMALL = 64  # up to this --image-size a folder's pictures are resized to it when they are decoded
+SAMPLE = 2000  # of so many large pictures mean and standard deviation are taken
 
 
 class Split(NamedTuple):
-    pictures: torch.Tensor  # (N, 3, H, W) uint8
+    pictures: torch.Tensor | LargePictures  # (N, 3, H, W) uint8, or to train on where is_large says so
     labels: torch.Tensor  # (N,) int64
     names: np.ndarray  # (N,) file names, or indices in the dataset as it was published
 
@@ -37,19 +41,26 @@ class Dataset(NamedTuple):
     std: list[float]
 
     def data_hash(self):
-        """SHA-256 of the training labels and pixels."""
+        """SHA-256 of the training labels and pixels; of LargePictures the files, in place of pixels."""
         digest = hashlib.sha256(self.train.labels.numpy().tobytes())
-        digest.update(self.train.pictures.numpy())
+        if isinstance(self.train.pictures, LargePictures):
+            for path in self.train.pictures.files[:, 0]:
+                digest.update(Path(path).read_bytes())
+        else:
+            digest.update(self.train.pictures.numpy())
         return digest.hexdigest()
 
 
 def count_classes(name, data_dir):
     """How many classes a dataset has, before its pictures are read."""
-    return (
-        len(find_splits(Path(data_dir))[0])
-        if name == "folder"
-        else {"cifar10": 10, "cifar100": 100, "shapes": 10}[name]
-    )
+    if name == "folder":
+        return len(find_splits(Path(data_dir))[0])
+    return 100 if name == "cifar100" else 10
+
+
+def is_large(name, image_size):
+    """Whether a dataset's pictures keep their shape and are cut (see large.py), rather than resized to a square."""
+    return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
 
 
 def load_dataset(
@@ -59,18 +70,26 @@ def load_dataset(
 
     val_fraction of the training pictures are split off by class and split_seed, and so is test_fraction of a folder
     that has no split of its own. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png,
-    and so on. Raises UserError where pictures are missing or cannot be read.
+    and so on. Where is_large says so, the training pictures are LargePictures, and the others centre crops. Raises
+    UserError where pictures are missing or cannot be read.
     """
+    folder, large = None, is_large(name, image_size)
     if name == "folder":
-        classes, splits = read_folder(Path(data_dir), image_size, cache_dir)
-        name = Path(data_dir).resolve().name
+        folder = Path(data_dir).resolve()
+    elif name in IMAGENETTES:
+        folder = find_imagenette(name, data_dir, image_size)
     elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
-        classes, splits = read_folder(Path(data_dir, name), image_size, cache_dir)
+        folder = Path(data_dir, name)
+    if folder:
+        classes, splits = (read_large_folder if large else read_folder)(folder, image_size, cache_dir)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
-    name = dataset_name or name
+    if name in IMAGENETTES:
+        classes = [READABLE.get(label, label) for label in classes]
+    name = dataset_name or (folder.name if folder else name)
     splits = {
-        key: Split(resized(p, image_size), torch.as_tensor(y), np.asarray(n)) for key, (p, y, n) in splits.items()
+        key: Split(p if large else resized(p, image_size), torch.as_tensor(y), np.asarray(n))
+        for key, (p, y, n) in splits.items()
     }
     if "all" in splits:
         test, train = split_by_class(
@@ -83,6 +102,9 @@ def load_dataset(
         splits["val"], splits["train"] = split_by_class(
             splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
         )
+    if large:
+        for key in splits.keys() - {"train"}:
+            splits[key] = splits[key]._replace(pictures=splits[key].pictures.centre_crops(key))
     mean, std = channel_statistics(splits["train"].pictures)
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
 
@@ -146,13 +168,27 @@ def split_by_class(split, fraction, classes, *, seed, flag):
 
 
 def channel_statistics(pictures):
-    """Mean and standard deviation of each channel of (N, 3, H, W) uint8, over all pixels, as fractions of 255."""
-    total, squares = torch.zeros(2, 3, dtype=torch.int64)
-    for chunk in pictures.split(1000):
+    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
+
+    Of large pictures it is over a sample, the same whether they are kept in memory or not.
+    """
+    if not isinstance(pictures, LargePictures):
+        return statistics_of_chunks(pictures.split(1000))
+    some = pictures[:: -(-len(pictures) // SAMPLE)]
+    chunks = (
+        torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in by_all_cores(some.decode, range(len(some)))
+    )
+    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
+
+
+def statistics_of_chunks(chunks):
+    """channel_statistics of all that the chunks (N, 3, H, W) uint8 hold."""
+    count, (total, squares) = 0, torch.zeros(2, 3, dtype=torch.int64)
+    for chunk in chunks:
         chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
+        count += chunk.shape[1]
         total += chunk.sum(1)
         squares += (chunk * chunk).sum(1)
-    count = pictures.numel() / 3
     mean = total.double() / count
     std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is left as it is
     return (mean / 255).tolist(), (std / 255).tolist()

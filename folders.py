@@ -6,6 +6,7 @@ import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -51,21 +52,23 @@ def read_folder(root, image_size, cache_dir=None):
     Pictures are turned upright by their EXIF tag, scaled until the short side fits, and cut to the centre square.
     Raises UserError for a folder that cannot be used and a file that cannot be decoded.
     """
+    names, splits = list_folder(root)
+    files = [file for files, _, _ in splits.values() for file in files]
+    paths = [path for path, _, _ in files]
+    pictures = cached_array(root, f"{image_size}px", files, lambda: decode_pictures(paths, image_size), cache_dir)
+    parts = torch.from_numpy(pictures).split([len(files) for files, _, _ in splits.values()])
+    return names, {split: (part, *rest) for part, (split, (_, *rest)) in zip(parts, splits.items())}
+
+
+def list_folder(root):
+    """(class names, {split: (files as pictures_in has them, labels, file names)}), split as find_splits says."""
     class_folders, folders = find_splits(root)
-    files = [
-        (split, label, entry)
-        for split, folder in folders.items()
-        for label, name in enumerate(class_folders)
-        for entry in pictures_in(folder / name)
-    ]
-    names = readable_names(root, class_folders)
-    pictures = cached_pictures(root, files, image_size, cache_dir)
     splits = {}
-    for split in folders:
-        rows = [row for row, file in enumerate(files) if file[0] == split]
-        paths = [Path(files[row][2][0]).relative_to(root).as_posix() for row in rows]
-        splits[split] = pictures[rows[0] : rows[-1] + 1], [files[row][1] for row in rows], paths
-    return names, splits
+    for split, folder in folders.items():
+        found = [(file, label) for label, name in enumerate(class_folders) for file in pictures_in(folder / name)]
+        files, labels = map(list, zip(*found))
+        splits[split] = files, labels, [Path(path).relative_to(root).as_posix() for path, _, _ in files]
+    return readable_names(root, class_folders), splits
 
 
 def subfolders(folder):
@@ -102,31 +105,47 @@ def readable_names(root, class_folders):
     return [names[name] for name in class_folders]
 
 
-def decode_picture(path, size):
-    """One picture as (3, size, size) uint8."""
+@contextmanager
+def opened(path):
+    """A picture's file as PIL has it, not decoded yet. Raises UserError where it cannot be, here or in the block."""
     try:
         with Image.open(path) as picture:
-            picture.draft("RGB", (size, size))  # lets a large JPEG be decoded at a fraction of its size
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-            if picture.size != (size, size):
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+            yield picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be decoded as a picture ({error})") from error
+
+
+def upright_picture(path, size):
+    """A picture as PIL has it, turned by its EXIF tag, in RGB; a large JPEG smaller, but no side shorter than size."""
+    with opened(path) as picture:
+        picture.draft("RGB", (size, size))
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def decode_picture(path, size):
+    """One picture as (3, size, size) uint8."""
+    picture = upright_picture(path, size)
+    if picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def decode_pictures(paths, size):
-    """Pictures (N, 3, size, size) uint8, decoded by all cores behind a progress bar."""
+def decode_pictures(paths, size, decode=decode_picture):
+    """decode(path, size) of each of the paths, (N, 3, size, size) uint8."""
     pictures = np.empty((len(paths), 3, size, size), np.uint8)
+    for row, picture in enumerate(by_all_cores(partial(decode, size=size), paths)):
+        pictures[row] = picture
+    return pictures
+
+
+def by_all_cores(decode, paths):
+    """decode(path) of each of the paths, in order, behind a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(partial(decode_picture, size=size), paths)
         try:
             quiet = None if "ipykernel" not in sys.modules else False  # None: no bar where stderr is no terminal
-            for row, picture in enumerate(tqdm(decoded, "decoding", len(paths), disable=quiet)):
-                pictures[row] = picture
+            yield from tqdm(pool.map(decode, paths), "decoding", len(paths), disable=quiet)
         finally:
             pool.shutdown(cancel_futures=True)
-    return pictures
 
 
 def default_cache_dir():
@@ -140,21 +159,24 @@ def default_cache_dir():
     return Path(base).expanduser() / "small-picture-attention"
 
 
-def cached_pictures(root, files, image_size, cache_dir):
-    """The decoded pictures of `files`, from the cache while no path, size or time of change differs; a torch tensor."""
+def cached_array(root, what, files, make, cache_dir):
+    """make(), or what it gave before: from the cache while no path, size or time of change of `files` differs.
+
+    The cache of root has one file for each name `what`.
+    """
     listing = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    key = hashlib.sha256(f"{root.resolve()} {image_size}".encode()).hexdigest()[:16]
-    cache = Path(cache_dir or default_cache_dir()) / f"{root.resolve().name}-{image_size}px-{key}.npz"
+    key = hashlib.sha256(f"{root.resolve()} {what}".encode()).hexdigest()[:16]
+    cache = Path(cache_dir or default_cache_dir()) / f"{root.resolve().name}-{what}-{key}.npz"
     try:
         with np.load(cache) as saved:
             if saved["listing"] == listing:
-                return torch.from_numpy(saved["pictures"])
+                return saved["array"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # there is none, or it is damaged: decode anew
-    pictures = decode_pictures([path for _, _, (path, _, _) in files], image_size)
+        pass  # there is none, or it is damaged: make it anew
+    array = make()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, lambda file: np.savez(file, listing=listing, pictures=pictures))
+        write_atomically(cache, lambda file: np.savez(file, listing=listing, array=array))
     except (OSError, UserError) as error:
         print(f"warning: {cache.parent} keeps no cache, so that the next start decodes again: {error}", file=sys.stderr)
-    return torch.from_numpy(pictures)
+    return array

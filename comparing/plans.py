@@ -14,7 +14,7 @@ PLAN_KEYS = {"title": str, "rows": list, "baseline": str, "seeds": int}
 ROW_KEYS = {"name": str, "script": str, "arguments": (str, list), "seeds": int, "against": str, "init_from": str}
 OPTIONAL_KEYS = ("baseline", "seeds", "against", "init_from")
 CAMPAIGNS_OWN = ("seed", "out_dir", "run_name", "resume", "overwrite", "minutes", "summary")
-PLACES = ("data_dir", "cache_dir")  # where, not what: result.json leaves them out
+PLACES = ("data_dir", "cache_dir", "cache_gib", "workers")  # where and how fast: result.json leaves them out
 
 
 class PlanRow(NamedTuple):

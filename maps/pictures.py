@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from data import dataset_of
 from errors import UserError
 from folders import decode_picture
+from large import centre_crop
 from shapes import make_shapes
 
 
@@ -40,14 +41,15 @@ def chosen_pictures(dataset, indices):
     ]
 
 
-def photographs(paths, image_size):
-    """Explained pictures of files of any size. Raises UserError for one that cannot be read."""
+def photographs(paths, image_size, *, large=False):
+    """Explained pictures of files of any size, cut as test pictures are: see is_large.
+
+    Raises UserError for one that cannot be read.
+    """
+    cut = centre_crop if large else decode_picture
     return [
         Explained(
-            path.stem,
-            decode_picture(path, max(256, image_size)).transpose(1, 2, 0),
-            torch.tensor(decode_picture(path, image_size)),
-            None,
+            path.stem, cut(path, max(256, image_size)).transpose(1, 2, 0), torch.tensor(cut(path, image_size)), None
         )
         for path in paths
     ]

@@ -11,14 +11,16 @@ import campaign
 import compare
 import rollout
 import train_cct
+import train_resnet_attn
 import train_vit
 
 README = Path("README.md").read_text()
 
 
 def test_flags_exist():
-    scripts = [train_vit.vit_parser(), train_cct.cct_parser(), rollout.rollout_parser()]
-    parsers = [*scripts, campaign.campaign_parser(), compare.compare_parser()]  # attribute.py has no flag of its own
+    training = [train_vit.vit_parser(), train_cct.cct_parser(), train_resnet_attn.resnet_parser()]
+    others = [campaign.campaign_parser(), compare.compare_parser()]
+    parsers = [*training, *others, rollout.rollout_parser()]  # attribute.py has no flag of its own
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
@@ -50,7 +52,8 @@ def test_python_blocks_run(folder_flags, tmp_path, monkeypatch, capsys):
 
 def test_commands_are_of_scripts_that_exist():
     assert {name for name in re.findall(r"python (\w+\.py)", README)} == {
-        *("train_vit.py", "train_cct.py", "rollout.py", "attribute.py", "campaign.py", "compare.py")
+        *("train_vit.py", "train_cct.py", "train_resnet_attn.py"),
+        *("rollout.py", "attribute.py", "campaign.py", "compare.py"),
     }
 
 

@@ -8,6 +8,8 @@ from errors import UserError
 FREE_FLAGS = (
     "data_dir",
     "cache_dir",
+    "cache_gib",
+    "workers",
     "out_dir",
     "run_name",
     "resume",
@@ -94,7 +96,12 @@ def make_parser(description, *, recipes, datasets, policies):
     )
     data.add_argument("--data-dir", help="where the pictures are, or are downloaded to (datasets)")
     data.add_argument("--dataset-name", help="what results call a folder (its own name)")
-    data.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="resize pictures to this (%(default)s)")
+    data.add_argument(
+        "--image-size",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="resize pictures to this; above 64 cut a folder's (%(default)s)",
+    )
     data.add_argument(
         "--val-fraction", type=fraction, metavar="F", help="split F of the training pictures off, to choose by"
     )
@@ -103,6 +110,15 @@ def make_parser(description, *, recipes, datasets, policies):
     )
     data.add_argument("--split-seed", type=at_least(0), help="decides both splits (%(default)s)")
     data.add_argument("--cache-dir", help="where decoded folders are kept (the user's cache folder)")
+    data.add_argument(
+        "--cache-gib",
+        type=at_least(0, float),
+        metavar="GIB",
+        help="of large pictures in memory (a quarter of the free)",
+    )
+    data.add_argument(
+        "--workers", type=at_least(0), metavar="N", help="processes that decode larger sets (one a core, 16 at most)"
+    )
 
     augment = parser.add_argument_group("augmentation, another draw for every picture")
     augment.add_argument(
@@ -275,4 +291,5 @@ def resumed_arguments(given, checkpoint, folder, *, models):
     if different:
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     changed = {name: value for name, value in given.items() if name in FREE_FLAGS}
-    return argparse.Namespace(**{**saved, "minutes": None, **changed})  # a limit is one of a sitting, not of the run
+    limits = dict.fromkeys(("minutes", "cache_gib", "workers"))  # they are a sitting's and a machine's, not the run's
+    return argparse.Namespace(**{**saved, **limits, **changed})

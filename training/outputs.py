@@ -29,7 +29,18 @@ COLUMNS = (
     "images_per_second",
     "peak_memory_bytes",
 )
-PATH_FLAGS = ("data_dir", "out_dir", "cache_dir", "run_name", "resume", "overwrite", "init_from")
+# where and on what kind of machine, not what
+PATH_FLAGS = (
+    "data_dir",
+    "out_dir",
+    "cache_dir",
+    "run_name",
+    "resume",
+    "overwrite",
+    "init_from",
+    "cache_gib",
+    "workers",
+)
 
 
 def epoch_line(row, epochs):
@@ -132,6 +143,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "model": run.model_name,
         "init_from": Path(args["init_from"]).name if args.get("init_from") else None,
         "params": count_parameters(run.model),
+        "trained_params": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
         "params_without_embedding": count_parameters(run.model, leave_out="pos_embed"),
         "dataset_name": dataset.name,
         "pictures": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},

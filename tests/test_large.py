@@ -1,0 +1,124 @@
+"""Pictures of any shape: how they are held, and how those to judge by are cut."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+from torchvision import transforms
+
+from batches import evaluation_batches
+from data import is_large, load_dataset
+from errors import UserError
+from large import read_large_folder
+
+SHAPES = ((150, 100), (100, 150), (300, 90), (80, 80), (400, 320), (20, 30))  # width, height
+
+
+def write_large_pictures(root, *, splits=("train", "test"), suffix=".png"):
+    """A picture of each of SHAPES a class and split, in class folders below root; returns root."""
+    for split in splits:
+        for number, size in enumerate(SHAPES):
+            write_pictures(root / split, count=1, size=size, suffix=suffix)
+            for folder in (root / split).iterdir():
+                (folder / f"000{suffix}").rename(folder / f"{number}-{size[0]}x{size[1]}{suffix}")
+    return root
+
+
+def load_large(root, tmp_path, image_size=72, **options):
+    return load_dataset("folder", data_dir=root, image_size=image_size, cache_dir=tmp_path / "cache", **options)
+
+
+def test_which_pictures_are_large():
+    assert [is_large("folder", size) for size in (32, 64, 65)] == [False, False, True]
+    assert is_large("imagewoof", 64) and is_large("imagenette", 32) and not is_large("cifar100", 224)
+
+
+def test_pictures_keep_their_shape_and_no_more_pixels_than_crops_need(tmp_path):
+    dataset = load_large(write_large_pictures(tmp_path / "pets"), tmp_path)
+    pictures = dataset.train.pictures
+    held = [[100, 150], [150, 100], [90, 300], [80, 80], [144, 180], [30, 20]]
+    assert pictures.sizes.tolist() == 2 * held and len(pictures) == len(dataset.train.labels) == 12
+    whole = pictures.decode_all().split([3 * height * width for height, width in 2 * held] + [3 * 300])[:-1]
+    for index, (pixels, name) in enumerate(zip(whole, dataset.train.names)):
+        pixels = pixels.view(*pictures.sizes[index], 3).numpy()
+        assert np.array_equal(pixels, pictures.decode(index))
+        with Image.open(tmp_path / "pets" / name) as picture:
+            assert np.array_equal(pixels, np.asarray(picture.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize("image_size", [72, 128])
+def test_pictures_to_judge_by_are_cut_as_torchvision_does(tmp_path, image_size):
+    root = write_large_pictures(tmp_path / "pets")
+    test = load_large(root, tmp_path, image_size).test
+    short_side = {72: 82, 128: 146}[image_size]  # 1.14 times as long
+    reference = transforms.Compose([transforms.Resize(short_side), transforms.CenterCrop(image_size)])
+    assert test.pictures.shape == (12, 3, image_size, image_size) and test.pictures.dtype == torch.uint8
+    for pixels, name in zip(test.pictures, test.names, strict=True):
+        with Image.open(root / name) as picture:
+            assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(reference(picture)))
+
+
+def test_val_is_the_test_set_where_there_is_no_other_and_fractions_are_split_off(tmp_path):
+    root = write_large_pictures(tmp_path / "pets", splits=("train", "val"))
+    dataset = load_large(root, tmp_path, val_fraction=0.3)
+    assert [len(split.labels) for split in (dataset.train, dataset.val, dataset.test)] == [8, 4, 12]
+    assert dataset.test.names[0].startswith("val/") and dataset.val.names[0].startswith("train/")
+    assert len(dataset.train.pictures) == 8 and dataset.val.pictures.shape == (4, 3, 72, 72)
+    assert not set(dataset.train.names) & set(dataset.val.names)
+    for path, name in zip(dataset.train.pictures.files[:, 0], dataset.train.names, strict=True):
+        assert path == str(root / name)
+    batch, labels = next(evaluation_batches(dataset, dataset.val, torch.device("cpu")).batches())
+    assert batch.shape == (4, 3, 72, 72) and torch.equal(labels, dataset.val.labels)
+
+
+def test_statistics_and_hash_are_of_the_training_pictures(tmp_path):
+    root = write_large_pictures(tmp_path / "pets")
+    dataset = load_large(root, tmp_path)
+    pictures = dataset.train.pictures
+    pixels = np.concatenate([pictures.decode(index).reshape(-1, 3) for index in range(12)]) / 255
+    assert dataset.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-9)
+    assert dataset.std == pytest.approx(pixels.std(0).tolist(), abs=1e-9)
+    first = dataset.data_hash()
+    Image.new("RGB", (99, 99)).save(root / "test" / "cat" / "0-150x100.png")
+    assert load_large(root, tmp_path).data_hash() == first
+    Image.new("RGB", (99, 99)).save(root / "train" / "cat" / "0-150x100.png")
+    changed = load_large(root, tmp_path)
+    assert changed.data_hash() != first and changed.mean != dataset.mean
+
+
+def test_a_photograph_is_held_upright(tmp_path):
+    root = write_large_pictures(tmp_path / "pets", suffix=".jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    half = Image.new("RGB", (1000, 400))
+    half.paste((255, 255, 255), (0, 0, 500, 400))
+    half.save(root / "train" / "cat" / "0-150x100.jpg", exif=exif)
+    pictures = load_large(root, tmp_path).train.pictures
+    assert pictures.sizes[0].tolist() == [360, 144]
+    upright = pictures.decode(0)
+    assert upright[:170].min() > 235 and upright[190:].max() < 20
+
+
+def test_small_pictures_are_enlarged_with_one_warning(tmp_path, capsys):
+    root = write_large_pictures(tmp_path / "pets")
+    load_large(root, tmp_path)
+    warning = capsys.readouterr().err
+    assert "4 of 24 pictures are smaller than --image-size 72 (the smallest: 20 pixels): they are enlarged" in warning
+    assert warning.count("\n") == 1
+    shutil.rmtree(root / "test")
+    for path in root.glob("*/*/5-*"):
+        path.unlink()
+    load_large(root / "train", tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    root = write_large_pictures(tmp_path / "pets")
+    (root / "train" / "dog" / "text.jpg").write_text("no picture")
+    with pytest.raises(UserError, match="dog/text.jpg cannot be decoded"):
+        read_large_folder(root, 72, tmp_path / "cache")
+    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+        read_large_folder(tmp_path / "nowhere", 72, tmp_path / "cache")

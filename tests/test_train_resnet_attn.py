@@ -1,0 +1,95 @@
+"""train_resnet_attn.py as a user runs it: a trunk, a block after it, and the flags that say how."""
+
+import pytest
+import torch
+
+import rollout
+import train_resnet_attn
+from errors import UserError
+from models.resnet import trunk_names
+
+
+@pytest.fixture
+def resnet_flags(picture_folder, tmp_path):
+    """The flags of a run of a second: a narrow ResNet18 on picture_folder, an epoch of 6 steps, written to tmp_path."""
+    return [
+        *("--dataset", "folder", "--data-dir", str(picture_folder), "--cache-dir", str(tmp_path / "cache")),
+        *("--out-dir", str(tmp_path / "runs"), "--width", "4", "--device", "cpu", "--epochs", "1", "--batch-size", "8"),
+    ]
+
+
+def weights_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["weights"]
+
+
+def test_a_block_after_a_trained_trunk_that_is_frozen(resnet_flags, tmp_path, capsys):
+    """The trunk stays as it is to the bit, its BatchNorm statistics too; head and block are trained."""
+    trunk, then = tmp_path / "runs" / "resnet18", tmp_path / "runs" / "then"
+    assert train_resnet_attn.main(resnet_flags)["recipe"] == "survey"
+    flags = [*resnet_flags, "--attention", "graph", "--run-name", "then", "--freeze", "trunk"]
+    result = train_resnet_attn.main([*flags, "--init-from", str(trunk)])
+    assert result["init_from"] == "resnet18" and result["trained_params"] < result["params"] / 2
+    out = capsys.readouterr().out
+    assert f"the trunk is that of {trunk}; left there: fc.weight, fc.bias" in out
+    before, after = weights_of(trunk), weights_of(then)
+    assert all(torch.equal(before[name], after[name]) for name in trunk_names(before))
+    assert after["attention.gamma"] != 0 and not torch.equal(before["fc.weight"], after["fc.weight"])
+    rollout.main([str(then), "--index", "0", "--layers"])
+    assert (then / "maps" / "0-layers.png").exists()
+
+
+def test_without_freeze_the_trunk_goes_on_learning_and_a_cut_run_goes_on(resnet_flags, tmp_path):
+    train_resnet_attn.main(resnet_flags)
+    trunk = tmp_path / "runs" / "resnet18"
+    flags = [*resnet_flags, "--attention", "classic", "--init-from", str(trunk), "--freeze", "trunk"]
+    whole = train_resnet_attn.main([*flags, "--run-name", "whole"])
+    assert train_resnet_attn.main([*flags, "--run-name", "cut", "--minutes", "0.0001"]) is None
+    assert train_resnet_attn.main(["--resume", str(tmp_path / "runs" / "cut"), "--device", "cpu"])["params"]
+    first, second = weights_of(tmp_path / "runs" / "whole"), weights_of(tmp_path / "runs" / "cut")
+    assert whole["args"]["freeze"] == "trunk" and all(torch.equal(first[name], second[name]) for name in first)
+    train_resnet_attn.main([*flags[:-2], "--run-name", "trained"])
+    assert not torch.equal(weights_of(trunk)["conv1.weight"], weights_of(tmp_path / "runs" / "trained")["conv1.weight"])
+
+
+def test_an_xresnet_by_the_recipe_of_its_time_and_no_rollout_of_its_block(resnet_flags, tmp_path):
+    flags = [*resnet_flags[: resnet_flags.index("--width")], "--device", "cpu", "--recipe", "woof", "--epochs", "1"]
+    flags += [
+        "--model",
+        "xresnet18",
+        "--image-size",
+        "48",
+        "--attention",
+        "simple",
+        "--symmetric",
+        "--batch-size",
+        "16",
+    ]
+    result = train_resnet_attn.main(flags)
+    assert result["args"]["opt_eps"] == 1e-6 and result["args"]["sched"] == "onecycle" and result["params"] > 11e6
+    with pytest.raises(UserError, match="SimpleSelfAttention"):
+        rollout.main([str(tmp_path / "runs" / "xresnet18"), "--index", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--freeze", "trunk"], "--freeze trunk needs a trained trunk: --init-from RUN or --pretrained"),
+        (["--attention", "graph", "--attention-after", "layer5"], "--attention-after: invalid choice: 'layer5'"),
+        (["--attention", "graph", "--stem", "imagenet"], "nothing to attend to, the feature map of 1 x 1"),
+        (["--attention", "graph", "--patch-size", "8"], "--patch-size 8 does not divide the feature map of 4 x 4"),
+        (["--attention", "graph", "--symmetric"], "--symmetric is for simple"),
+        (["--stem-widths", "8", "8", "8"], "--stem-widths: resnet18 does not take it"),
+        (["--pretrained"], "--pretrained: the weights are of --width 64, not 4"),
+        (["--init-from", "nowhere"], "there is no checkpoint nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, resnet_flags):
+    with pytest.raises(UserError, match=message):
+        train_resnet_attn.main([*resnet_flags, *flags])
+
+
+def test_another_trunk_is_refused_by_the_layers_that_differ(resnet_flags, tmp_path):
+    train_resnet_attn.main(resnet_flags)
+    flags = [*resnet_flags, "--init-from", str(tmp_path / "runs" / "resnet18")]
+    with pytest.raises(UserError, match=r"another trunk, it differs in conv1.weight \(\(4, 3, 3, 3\) there, \(8, 3"):
+        train_resnet_attn.main([*flags, "--width", "8"])
