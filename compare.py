@@ -23,7 +23,7 @@ from errors import UserError, run_script
 from files import write_atomically
 from training.arguments import Parser
 
-TABLE_START = re.compile(r"<!-- table: (\S+) -->\n")
+TABLE_START = re.compile(r"<!-- table: (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
@@ -43,7 +43,9 @@ def compare_parser():
         "--plot", metavar="FILE", help="draw the curves of these runs (with --score: the scores), a PNG"
     )
     parser.add_argument("--score", action="store_true", help="(test accuracy - 70) / millions of parameters * 100")
-    parser.add_argument("--readme", metavar="FILE", help="fill in `<!-- table: PLAN.toml -->` ... `<!-- end table -->`")
+    parser.add_argument(
+        "--readme", metavar="FILE", help="fill in `<!-- table: PLAN.toml [by val] -->` ... `<!-- end table -->`"
+    )
     parser.add_argument("--results", default="results", help="where the results are (%(default)s)")
     return parser
 
@@ -54,14 +56,15 @@ def filled_tables(text, results):
     before, *parts = TABLE_START.split(text)
     if not parts:
         raise UserError("there is no line <!-- table: PLAN.toml --> in it")
-    for path, part in zip(parts[::2], parts[1::2], strict=True):
+    for path, by_val, part in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        start = f"<!-- table: {path}{by_val or ''} -->"
         _, end, after = part.partition(TABLE_END)
         if not end:
-            raise UserError(f"<!-- table: {path} --> is not followed by {TABLE_END}")
+            raise UserError(f"{start} is not followed by {TABLE_END}")
         plan = read_plan(path, script_parser)
         groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
-        table = groups_table(groups, layout=markdown)
-        before += f"<!-- table: {path} -->\n{plan.title}, `python campaign.py {path}`:\n\n{table}\n{end}{after}"
+        table = groups_table(groups, by="val" if by_val else "test", layout=markdown)
+        before += f"{start}\n{plan.title}, `python campaign.py {path}`:\n\n{table}\n{end}{after}"
     return before
 
 

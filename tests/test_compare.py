@@ -236,6 +236,14 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
     assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
 
 
+def test_a_table_by_validation_accuracy(measured, plan):
+    for seed in range(3):
+        write_measured(measured, "drop/plain", seed, 0.5, val_accuracy=0.7)
+    text = compare.filled_tables(f"<!-- table: {plan} by val -->\n<!-- end table -->\n", measured)
+    assert f"<!-- table: {plan} by val -->" in text and "| epochs | parameters | val accuracy |" in text
+    assert "| plain | cifar10 | 2 | 1,000,000 | 70.00 ± 0.00 % |" in text
+
+
 # Score and plots
 
 
