@@ -111,13 +111,13 @@ def measure(pictures, rounds, pipelines):
 
 def print_table(speeds):
     for job, rows in speeds.items():
-        print(f"\n{job:26}{'pictures/s':>12}{'quartiles':>20}   {OURS} is")
+        print(f"\n{job:26}{'pictures/s':>12}{'quartiles':>24}   {OURS} is")
         ours = statistics.median(rows[OURS])
         for name, values in rows.items():
             middle = statistics.median(values)
             low, _, high = statistics.quantiles(values, method="inclusive")
             ratio = "" if name == OURS else f"{ours / middle:6.1f} times as fast"
-            print(f"{name:26}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>20}   {ratio}".rstrip())
+            print(f"{name:26}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>24}   {ratio}".rstrip())
 
 
 def main(argv=None):
