@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,12 @@ def test_numbers_come_from_results(row):
 
 def test_tables_of_plans_are_what_results_give():
     assert compare.filled_tables(README, "results") == README
+
+
+def test_ratios_of_speed_come_from_results():
+    speeds = json.loads(Path("results/speed/augment-cpu.json").read_text())["pictures_per_second"]
+    for job, rows in speeds.items():
+        medians = {name: statistics.median(values) for name, values in rows.items()}
+        ours = medians.pop("augment.py")
+        cells = [job, *(f"{ours / median:.1f}" for median in medians.values())]
+        assert f"| times as fast as | {' | '.join(medians)} |" in README and f"| {' | '.join(cells)} |" in README
