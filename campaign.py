@@ -32,7 +32,7 @@ from comparing.runs import read_run, read_runs
 from comparing.tables import aligned, comparison_table
 from errors import UserError, run_script
 from files import make_folder, write_atomically
-from training.arguments import Parser, at_least, positive
+from training.flag_types import Parser, at_least, positive
 
 # what a row may run, and who knows its flags
 SCRIPTS = {"train_vit.py": "vit_parser", "train_cct.py": "cct_parser", "train_resnet_attn.py": "resnet_parser"}

@@ -21,7 +21,7 @@ from comparing.score import draw_scores, score_table
 from comparing.tables import comparison_table, groups_table, markdown
 from errors import UserError, run_script
 from files import write_atomically
-from training.arguments import Parser
+from training.flag_types import Parser
 
 TABLE_START = re.compile(r"<!-- table: (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"

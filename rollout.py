@@ -32,7 +32,7 @@ from maps.methods import (
 from maps.pictures import caption_of, find_class, normalised
 from maps.record import evaluate_checkpoint
 from maps.recorder import AttentionRecorder
-from training.arguments import fraction
+from training.flag_types import fraction
 
 __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "relevance", "report", "rollout"]
 

@@ -26,16 +26,10 @@ from models.summary import summarize
 from models.xresnet import XRESNETS
 from policies import POLICIES
 from seeding import seed_for
-from training.arguments import (
-    at_least,
-    check_model_flags,
-    complete_arguments,
-    given_arguments,
-    make_parser,
-    resumed_arguments,
-)
+from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
 from training.checkpoint import judged_weights, load_checkpoint
 from training.device import Precision, device_name, pick_device
+from training.flag_types import at_least
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer

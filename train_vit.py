@@ -21,17 +21,10 @@ from models.pretrained import imagenet_statistics, load_imagenet_weights
 from models.summary import summarize
 from policies import POLICIES
 from seeding import seed_for
-from training.arguments import (
-    at_least,
-    check_model_flags,
-    complete_arguments,
-    fraction,
-    given_arguments,
-    make_parser,
-    resumed_arguments,
-)
+from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
 from training.checkpoint import load_checkpoint
 from training.device import Precision, device_name, pick_device
+from training.flag_types import at_least, fraction
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer

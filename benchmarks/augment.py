@@ -23,8 +23,8 @@ from augment import normalize, padded_crop, random_flip
 from errors import run_script
 from files import write_atomically
 from policies import auto_augment
-from training.arguments import Parser, at_least
 from training.device import device_name, pick_device
+from training.flag_types import Parser, at_least
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
 JOBS = {"crop, flip, normalise": False, "the same with AutoAugment": True}

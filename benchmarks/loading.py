@@ -28,8 +28,8 @@ from data import load_dataset
 from errors import run_script
 from files import write_atomically
 from imagenette import IMAGENETTES
-from training.arguments import Parser, at_least
 from training.device import device_name, pick_device
+from training.flag_types import Parser, at_least
 
 SCALE = (0.35, 1.0)
 

@@ -7,9 +7,9 @@ from data import is_large
 from files import make_folder
 from maps.pictures import checkpoint_dataset, chosen_pictures, photographs
 from models import build_model
-from training.arguments import Parser, at_least
 from training.checkpoint import load_checkpoint, rebuild_model
 from training.device import pick_device
+from training.flag_types import Parser, at_least
 
 
 def explaining_parser(description, methods, *, default):

@@ -19,7 +19,7 @@ from errors import UserError
 FAKE_SCRIPT = """
 import json, signal, sys, time
 from pathlib import Path
-from training.arguments import Parser
+from training.flag_types import Parser
 
 def fake_parser():
     parser = Parser(allow_abbrev=False)

@@ -3,6 +3,7 @@
 import argparse
 
 from errors import UserError
+from training.flag_types import Parser, at_least, fraction, level, positive, positive_fraction, probability
 
 # what may differ between a run and its resumption; every other flag is part of what the run is
 FREE_FLAGS = (
@@ -22,63 +23,6 @@ FREE_FLAGS = (
     "summary",
 )
 NOT_GIVEN = object()
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def at_least(low, kind=int):
-    """A flag's type: a number not below low."""
-
-    def convert(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names the type by it
-    return convert
-
-
-def fraction(text):
-    """A flag's type: a number from 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
-    return value
-
-
-def positive(text):
-    """A flag's type: a number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return value
-
-
-def positive_fraction(text):
-    positive(text)
-    return fraction(text)
-
-
-def level(text):
-    """A flag's type: a whole number from 0 to 255."""
-    value = int(text)
-    if not 0 <= value <= 255:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 255, not {text}")
-    return value
-
-
-def probability(text):
-    """A flag's type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return value
 
 
 def make_parser(description, *, recipes, datasets, policies):
