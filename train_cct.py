@@ -68,7 +68,7 @@ LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}  # of stro
 RECIPES = {
     "report": REPORT,
     "strong": STRONG,
-    "quick": STRONG | LIGHT | {"dataset": "shapes", "model": "cct_2_3x2", "epochs": 10},  # ours
+    "quick": STRONG | LIGHT | {"dataset": "shapes", "model": "cct_2_3x2", "epochs": 6},  # ours
 }
 SHORT = 50  # below so many epochs strong takes what is in LIGHT
 MODEL_FLAGS = dict.fromkeys(

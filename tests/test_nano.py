@@ -7,6 +7,7 @@ from errors import UserError
 from models import build_model
 from models.attention import GridConv
 from models.nano import NANO_MODELS
+from models.summary import summarize
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,12 @@ from models.nano import NANO_MODELS
 def test_parameters_stay_under_half_a_million(name, expected):
     assert sum(p.numel() for p in build_model(name, num_classes=100).parameters()) == expected < 500_000
     assert name in NANO_MODELS
+
+
+def test_what_the_readme_says_of_its_multiply_adds():
+    for name, millions in (("cct_nano_once", 42), ("cct_nano", 72)):
+        last = summarize(build_model(name, num_classes=100), (3, 32, 32)).splitlines()[-1]
+        assert round(int(last.split()[-1].replace(",", "")) / 1e6) == millions
 
 
 def test_blocks_are_used_as_often_as_they_are_to_be():
