@@ -60,7 +60,7 @@ def test_a_run_writes_what_it_promises(folder_flags, tmp_path, capsys):
 
     out = capsys.readouterr().out
     assert out.startswith("recipe report: folder, 2 epochs, batch 8, lr 0.0005")
-    assert "65 tokens" in out and "expected end:" in out and f"python rollout.py {folder}" in out
+    assert "8 x 8 patches" in out and "expected end:" in out and f"python rollout.py {folder}" in out
     assert all(str(path) in out for path in folder.iterdir())
 
 
