@@ -65,7 +65,7 @@ def test_what_is_frozen_is_in_no_group():
 def test_muon_takes_the_matrices_of_the_blocks_alone():
     model = small_model()
     optimizer = make_optimizer(flags(opt="muon"), model)
-    taken = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
+    taken = {id(p) for p in optimizer.param_groups[0]["params"]}
     names = {name.split(".", 2)[2] for name, p in model.named_parameters() if id(p) in taken}
     assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.0.weight", "mlp.3.weight"} and len(taken) == 2 * 4
 
@@ -103,8 +103,30 @@ def test_a_schedule_reaches_both_parts_before_and_after_loading():
     fresh_schedule.load_state_dict(schedule.state_dict())
     for one, its_schedule in ((optimizer, schedule), (fresh, fresh_schedule)):
         its_schedule.step()
-        rates = [group["lr"] for part in one.parts.values() for group in part.param_groups]
+        rates = [group["lr"] for part in one.state_dict().values() for group in part["param_groups"]]
         assert rates == pytest.approx([0.005] * 3)
+
+
+def test_muon_takes_a_convolution_as_the_matrix_from_a_patch_to_the_channels():
+    """Against torch's Muon on weights that were matrices from the start, with a schedule that writes to the groups."""
+    torch.manual_seed(0)
+    model = build_model("resnet18", width=4, image_size=16)
+    optimizer = make_optimizer(flags(opt="muon"), model)
+    weights = optimizer.param_groups[0]["params"]
+    names = {name for name, p in model.named_parameters() if any(p is weight for weight in weights)}
+    assert len(names) == 19 and "conv1.weight" not in names and "layer2.0.downsample.0.weight" in names
+    matrices = [torch.nn.Parameter(weight.detach().clone().flatten(1)) for weight in weights]
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    schedules = [cosine_schedule(one, epochs=4, steps_per_epoch=1, warmup_epochs=0) for one in (optimizer, muon)]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 16, 16)).square().mean().backward()
+        for matrix, weight in zip(matrices, weights, strict=True):
+            matrix.grad = weight.grad.flatten(1).clone()
+        for one in (optimizer, muon, *schedules):
+            one.step()
+    for matrix, weight in zip(matrices, weights, strict=True):
+        assert torch.equal(matrix, weight.flatten(1))
 
 
 def test_the_average_follows_its_formula_buffers_included():

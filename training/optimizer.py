@@ -1,6 +1,7 @@
 """The optimisers, which parameters their weight decay leaves alone, and the average of the weights."""
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -23,35 +24,49 @@ def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) on the weight matrices of a model's blocks, AdamW on all the rest, as one optimiser.
+    """Muon (Jordan et al. 2024) on the weights of a model's blocks, AdamW on all the rest, as one optimiser.
 
-    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    Blocks are what lies in `blocks`, or in `layer1` to `layer4` of a ResNet; a convolution counts as the matrix that
+    takes a patch to the channels. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one
+    learning rate serves both.
     """
 
     def __init__(self, model, *, lr, weight_decay, decay_all):
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        matrices = [p for name, p in trained if p.ndim == 2 and name.startswith("blocks.")]
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=matrices)
+        inner = [p for name, p in trained if p.ndim in (2, 4) and name.startswith(("blocks.", "layer"))]
+        self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for p in inner}  # the same memory
+        muon = torch.optim.Muon(
+            self.matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=inner)
         self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, fused=True)}
-        super().__init__(muon.param_groups + self.parts["adamw"].param_groups, {})
-        self.share_groups()
+        super().__init__(self.outer_groups(), {})
 
-    def share_groups(self):
-        """Let the groups here be those of the parts, so that a schedule reaches them."""
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+    def outer_groups(self):
+        """Those that a schedule and a scaler of gradients see: the parts' own, Muon's with the weights as they are."""
+        muon, adamw = (part.param_groups for part in self.parts.values())
+        return [muon[0] | {"params": list(self.matrices)}, *adamw]
+
+    def pass_on(self):
+        """Let Muon know what a schedule has written to the outer groups; AdamW's are its own."""
+        inner = self.parts["muon"].param_groups[0]
+        inner.update(self.param_groups[0] | {"params": inner["params"]})
 
     def step(self):
+        self.pass_on()
+        for weight, matrix in self.matrices.items():
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         for part in self.parts.values():
             part.step()
 
     def state_dict(self):
+        self.pass_on()
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.share_groups()
+        self.param_groups = self.outer_groups()
 
 
 def make_optimizer(args, model):
