@@ -8,9 +8,6 @@ Whoever is measured starts from a batch of uint8 (or of PIL pictures) and ends w
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread.
 """
 
-import json
-import statistics
-import time
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -20,11 +17,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from augment import normalize, padded_crop, random_flip
+from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
 from errors import run_script
-from files import write_atomically
 from policies import auto_augment
 from training.device import device_name, pick_device
-from training.flag_types import Parser, at_least
+from training.flag_types import at_least
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
 JOBS = {"crop, flip, normalise": False, "the same with AutoAugment": True}
@@ -32,7 +29,7 @@ OURS = "augment.py"
 
 
 def our_pipeline(pictures, auto):
-    """A function without arguments that transforms the batch `pictures` once; so are the peers below."""
+    """A function without arguments: the batch `pictures`, transformed once. So are the peers below."""
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.tensor([MEAN, STD], device=pictures.device)
 
@@ -83,52 +80,16 @@ PIPELINES = {
 }
 
 
-def pictures_a_second(run, count, device, *, seconds):
-    """Batches of `count` pictures, one after the other for at least `seconds`."""
-    batches = 0
-    start = time.perf_counter()
-    while True:
-        run()
-        batches += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if (elapsed := time.perf_counter() - start) >= seconds:
-            return batches * count / elapsed
-
-
-def measure(pictures, rounds, pipelines):
-    """{job: {pipeline: pictures a second in each round}}, after a round that does not count."""
-    speeds = {}
-    for job, auto in JOBS.items():
-        runs = {name: make(pictures, auto) for name, make in pipelines.items()}
-        speeds[job] = {name: [] for name in runs}
-        for number in range(rounds + 1):
-            for name, run in runs.items():
-                speed = pictures_a_second(run, len(pictures), pictures.device, seconds=1.0 if number else 0.2)
-                speeds[job][name] += [speed] if number else []
-    return speeds
-
-
-def print_table(speeds):
-    for job, rows in speeds.items():
-        print(f"\n{job:26}{'pictures/s':>12}{'quartiles':>24}   {OURS} is")
-        ours = statistics.median(rows[OURS])
-        for name, values in rows.items():
-            middle = statistics.median(values)
-            low, _, high = statistics.quantiles(values, method="inclusive")
-            ratio = "" if name == OURS else f"{ours / middle:6.1f} times as fast"
-            print(f"{name:26}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>24}   {ratio}".rstrip())
+def counted(run):
+    return lambda: len(run())
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
-    parser.add_argument("--batch-size", type=at_least(1), default=512)
-    parser.add_argument("--rounds", type=at_least(2), default=5)
-    parser.add_argument("--out", help="also write the speeds of all rounds to this JSON")
+    parser = speed_parser(__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=at_least(1), default=512, help="(%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    pipelines, packages = dict(PIPELINES), ["torch", "torchvision", "kornia"]
+    pipelines, packages = dict(PIPELINES), ["torchvision", "kornia"]
     if find_spec("kornia") is None:
         print("without kornia, which is not installed (pip install -r benchmarks/requirements.txt)")
         del pipelines["kornia, batch"]
@@ -137,14 +98,16 @@ def main(argv=None):
     torch.manual_seed(0)
     pictures = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
-    print(f"{device_name(device)}, {torch.get_num_threads()} CPU threads, {names}")
+    print(f"{device_name(device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, {names}")
     print(f"batches of {args.batch_size} pictures of 32 x 32, {args.rounds} rounds")
-    speeds = measure(pictures, args.rounds, pipelines)
-    print_table(speeds)
+    speeds = {}
+    for job, auto in JOBS.items():
+        ways = {name: counted(make(pictures, auto)) for name, make in pipelines.items()}
+        speeds[job] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
+        print_speeds(job, speeds[job])
     if args.out:
-        about = {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions}
-        text = json.dumps({**about, "batch_size": args.batch_size, "pictures_per_second": speeds}, indent=1)
-        write_atomically(args.out, lambda file: file.write(f"{text}\n".encode()))
+        results = {"versions": versions, "batch_size": args.batch_size, "pictures_per_second": speeds}
+        write_speeds(args.out, device, results)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ nothing decoded before.
 """
 
 import itertools
-import json
 import os
-import statistics
 import tempfile
 import time
 from functools import partial
@@ -23,13 +21,13 @@ from torchvision.transforms import v2
 
 from augment import random_flip
 from batches import RATIO, Batches
+from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
 from crops import crop_batches
 from data import load_dataset
 from errors import run_script
-from files import write_atomically
 from imagenette import IMAGENETTES
 from training.device import device_name, pick_device
-from training.flag_types import Parser, at_least
+from training.flag_types import at_least
 
 SCALE = (0.35, 1.0)
 
@@ -74,28 +72,17 @@ def torchvision_loading(dataset, args, device):
             yield pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def loading_speed(batches, device, *, waiting, seconds):
-    """Pictures a second, for at least so many seconds, after the batches that may be waiting ready."""
-    for _ in range(waiting):
-        next(batches)
-    start, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
-        count += len(next(batches)[1])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return count / elapsed
+def stepped(batches):
+    return lambda: len(next(batches)[1])
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = speed_parser(__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=IMAGENETTES, default="imagewoof", help="(%(default)s)")
     parser.add_argument("--data-dir", default="datasets", help="(%(default)s)")
     parser.add_argument("--image-size", type=at_least(1), default=128, metavar="PIXELS", help="(%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     parser.add_argument("--workers", type=at_least(0), default=min(os.cpu_count(), 16), help="(%(default)s)")
-    parser.add_argument("--rounds", type=at_least(2), default=5, help="(%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
-    parser.add_argument("--out", help="also write the speeds of all rounds to this JSON")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as cache:
@@ -112,21 +99,17 @@ def main(argv=None):
             begun = time.perf_counter()
             next(batches)
             starts[name] = time.perf_counter() - begun
-    speeds = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, batches in ways.items():
-            speeds[name].append(loading_speed(batches, device, waiting=2 * args.workers + 1, seconds=2))
-    print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {dataset.name}")
-    print(f"\n{'':24}{'start':>9}{'pictures/s':>12}{'quartiles':>20}")
-    for name, values in speeds.items():
-        low, _, high = statistics.quantiles(values, method="inclusive")
-        spread = f"{low:,.0f} - {high:,.0f}"
-        print(f"{name:24}{starts[name]:7.1f} s{statistics.median(values):12,.0f}{spread:>20}")
+        print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {dataset.name}")
+        for name, seconds in starts.items():
+            print(f"{name}: {seconds:.1f} s to the first batch")
+        steps = {name: stepped(batches) for name, batches in ways.items()}
+        waiting = 2 * args.workers + 1  # batches that the workers have got ready meanwhile
+        speeds = take_turns(steps, device, rounds=args.rounds, seconds=args.seconds, settle=waiting)
+    print_speeds(f"{args.image_size} pixels, batches of {args.batch_size}", speeds)
     if args.out:
-        about = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         options = {name: getattr(args, name) for name in ("dataset", "image_size", "batch_size", "workers")}
-        results = {**about, **options, "held_gib": held, "seconds_to_first": starts, "pictures_per_second": speeds}
-        write_atomically(args.out, lambda file: file.write(f"{json.dumps(results, indent=1)}\n".encode()))
+        results = {**options, "held_gib": held, "seconds_to_first": starts, "pictures_per_second": speeds}
+        write_speeds(args.out, device, results)
 
 
 if __name__ == "__main__":

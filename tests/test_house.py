@@ -43,7 +43,8 @@ ALLOWED = {
     "maps": {"data", "errors", "files", "folders", "large", "models", "shapes", "training"},
     "comparing": {"errors", "files", "training"},
     "benchmarks": {
-        *("augment", "batches", "crops", "data", "errors", "files", "imagenette", "large", "policies", "training")
+        *("augment", "batches", "campaign", "crops", "data", "errors", "files", "imagenette", "models", "policies"),
+        "training",
     },
     "campaign": {"comparing", "errors", "files", "training"},
     "compare": {"campaign", "comparing", "errors", "files", "training"},

@@ -1,0 +1,67 @@
+"""What is measured side by side: ways that take turns, round after round, the table of their speeds, and its file."""
+
+import json
+import os
+import statistics
+import time
+
+import torch
+
+from files import write_atomically
+from training.device import device_name
+from training.flag_types import Parser, at_least, positive
+
+
+def speed_parser(description):
+    """A parser with the flags of every benchmark."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
+    parser.add_argument("--rounds", type=at_least(2), default=5, help="(%(default)s)")
+    parser.add_argument("--seconds", type=positive, default=1.0, metavar="S", help="a turn, at least (%(default)s)")
+    parser.add_argument("--out", help="also write the speeds of all rounds to this JSON")
+    return parser
+
+
+def pictures_a_second(run, device, seconds, settle=0):
+    """run() again and again for at least so many seconds; it returns how many pictures it has done.
+
+    Before that so many times, uncounted, as `settle` says.
+    """
+    for _ in range(settle):
+        run()
+    start, count = time.perf_counter(), 0
+    while True:
+        count += run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if (elapsed := time.perf_counter() - start) >= seconds:
+            return count / elapsed
+
+
+def take_turns(ways, device, *, rounds, seconds, settle=0):
+    """{way: pictures a second in each round} of {way: run}, after a short round that does not count."""
+    speeds = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            speed = pictures_a_second(run, device, seconds if number else seconds / 5, settle)
+            speeds[name] += [speed] if number else []
+    return speeds
+
+
+def print_speeds(title, speeds):
+    """The medians with the quartiles of the rounds, and how many times as fast as each other way the first one is."""
+    width = max(len(title), *map(len, speeds)) + 2
+    ours = next(iter(speeds))
+    print(f"\n{title:{width}}{'pictures/s':>12}{'quartiles':>24}   {ours} is")
+    for name, values in speeds.items():
+        middle = statistics.median(values)
+        low, _, high = statistics.quantiles(values, method="inclusive")
+        ratio = "" if name == ours else f"{statistics.median(speeds[ours]) / middle:6.1f} times as fast"
+        print(f"{name:{width}}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>24}   {ratio}".rstrip())
+
+
+def write_speeds(path, device, results):
+    """The results, and what they were measured on, as JSON."""
+    about = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    text = json.dumps({**about, "torch": torch.__version__, **results}, indent=1)
+    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))

@@ -1,0 +1,78 @@
+"""The benchmarks: that they measure what they say, and write it down."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import augment, loading, train
+from benchmarks.turns import take_turns
+
+QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01"]
+
+
+def test_ways_take_turns_and_are_counted_by_the_clock():
+    calls = []
+
+    def way(name, pictures):
+        def run():
+            calls.append(name)
+            time.sleep(0.02)
+            return pictures
+
+        return run
+
+    ways = {"slow": way("slow", 1), "fast": way("fast", 3)}
+    speeds = take_turns(ways, torch.device("cpu"), rounds=3, seconds=0.01, settle=1)
+    assert calls == ["slow", "slow", "fast", "fast"] * 4  # one to settle, one that counts, and a round to warm up
+    assert all(30 < speed < 51 for speed in speeds["slow"]) and all(90 < speed < 151 for speed in speeds["fast"])
+    assert len(speeds["slow"]) == len(speeds["fast"]) == 3
+
+
+def check_speeds(path, ways, capsys):
+    """Each way is in the file, with its rounds, and in the table."""
+    results = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    tables = results["pictures_per_second"]
+    for table in tables.values() if isinstance(next(iter(tables.values())), dict) else [tables]:
+        assert len(table) == ways and all(len(rounds) == 2 and min(rounds) > 0 for rounds in table.values())
+        assert all(name in printed for name in table)
+    assert results["threads"] == torch.get_num_threads() and "times as fast" in printed
+
+
+def test_augmentation(tmp_path, capsys):
+    pytest.importorskip("kornia")
+    augment.main([*QUICK, "--batch-size", "4", "--out", str(tmp_path / "speed.json")])
+    check_speeds(tmp_path / "speed.json", 4, capsys)
+
+
+def test_training_steps_beside_torchvision(tmp_path, capsys):
+    train.main(
+        [*QUICK, "--dataset", "shapes", "--batch-size", "4", "--steps", "1", "--out", str(tmp_path / "speed.json")]
+    )
+    check_speeds(tmp_path / "speed.json", 4, capsys)
+
+
+def test_ours_and_the_peer_are_the_same_model():
+    ours = train.build_model("resnet18", num_classes=10, image_size=32)
+    peer = train.plain_resnet18(10)
+    peer.load_state_dict(ours.state_dict())
+    pictures = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours.eval()(pictures), peer.eval()(pictures), rtol=1e-4, atol=1e-4)
+
+
+def test_loading_of_large_pictures(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in [f"n0{number}" for number in range(10)]:
+            folder = tmp_path / "imagewoof" / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                picture = generator.integers(256, size=(20 + number, 24, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / f"{number}.png")
+    options = ["--data-dir", str(tmp_path), "--image-size", "16", "--batch-size", "4", "--workers", "1"]
+    loading.main([*QUICK, *options, "--out", str(tmp_path / "speed.json")])
+    check_speeds(tmp_path / "speed.json", 3, capsys)
