@@ -22,7 +22,7 @@ class Batches:
     order follows from (seed, epoch), and all else that is drawn from (seed, epoch, step): each of transforms is applied
     to the uint8 pictures, each of float_transforms to the normalised ones, as transform(pictures, generator), and then
     mix(pictures, labels), which draws from torch's global generator. Without a seed pictures come in order, as they
-    are.
+    are. With drop_last those that are left over from an epoch's whole batches wait for the next one.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Batches:
         std,
         device,
         seed=None,
+        drop_last=False,
         crops=None,
         transforms=(),
         float_transforms=(),
@@ -44,17 +45,18 @@ class Batches:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
-        self.steps_per_epoch = -(-len(self.labels) // batch_size)
+        whole, left = divmod(len(self.labels), batch_size)
+        self.steps_per_epoch = whole if whole and (drop_last or not left) else whole + 1
 
     def batches(self, epoch=0, start_step=0):
         generator = torch.Generator()
         order = torch.arange(len(self.labels))
         if self.seed is not None:
             order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
-        chosen = order.to(self.device).split(self.batch_size)
+        parts = order.split(self.batch_size)[: self.steps_per_epoch]
+        chosen = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
         if self.crops:
-            parts = enumerate(order.split(self.batch_size))
-            cut = self.crops([(part.numpy(), epoch, step) for step, part in parts if step >= start_step])
+            cut = self.crops([(part.numpy(), epoch, step) for step, part in enumerate(parts) if step >= start_step])
         else:
             cut = (self.pictures[indices] for indices in chosen[start_step:])
         for step, pictures in enumerate(cut, start_step):
@@ -128,6 +130,7 @@ def training_batches(dataset, args, device):
         std=dataset.std,
         device=device,
         seed=args.seed,
+        drop_last=args.drop_last,
         crops=crops,
         transforms=tuple(picture_transforms(args, cropped=bool(crops))),
         float_transforms=tuple(normalised_transforms(args)),

@@ -67,6 +67,7 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "rotate": 0.0,
     "epochs": 5,
     "batch_size": 64,
+    "drop_last": True,  # fastai; else an epoch of Imagewoof ends in a batch of one picture
     "opt": "adamw",  # Adam with decoupled weight decay
     "opt_betas": [0.9, 0.99],
     "opt_eps": 1e-6,

@@ -27,6 +27,15 @@ def test_an_epoch_sees_every_picture_once_in_an_order_that_follows_from_seed_and
     assert [indices_of(pictures) for pictures, _ in other_seed.batches(0)] != epochs[0]
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [8] * 6), (25, [25, 25]), (49, [49]), (64, [50])])
+def test_what_is_left_over_from_whole_batches_is_dropped_but_never_all(batch_size, sizes):
+    batches = plain_batches(numbered_split(), batch_size=batch_size, seed=3, drop_last=True)
+    epochs = [[indices_of(pictures) for pictures, _ in batches.batches(epoch)] for epoch in (0, 1)]
+    assert [len(batch) for batch in epochs[0]] == sizes and batches.steps_per_epoch == len(sizes)
+    left_out = [set(range(50)) - set(sum(epoch, [])) for epoch in epochs]
+    assert len(left_out[0]) == 50 - sum(sizes) and (not left_out[0] or left_out[0] != left_out[1])
+
+
 def test_starting_inside_an_epoch_gives_the_rest_of_it_with_the_same_augmentation():
     def noise(pictures, generator):
         return pictures + torch.randint(0, 100, pictures.shape, generator=generator, dtype=torch.uint8)

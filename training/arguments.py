@@ -102,6 +102,11 @@ def make_parser(description, *, recipes, datasets, policies):
     training.add_argument("--epochs", type=at_least(1), help="(%(default)s)")
     training.add_argument("--batch-size", type=at_least(1), help="(%(default)s)")
     training.add_argument(
+        "--drop-last",
+        action=argparse.BooleanOptionalAction,
+        help="leave out an epoch's last batch where it is not full: BatchNorm suffers from a small one (%(default)s)",
+    )
+    training.add_argument(
         "--lr", type=positive, help="peak learning rate; lower it if the loss is not finite (%(default)s)"
     )
     training.add_argument(
@@ -173,6 +178,7 @@ def make_parser(description, *, recipes, datasets, policies):
         opt_betas=[0.9, 0.999],
         opt_eps=1e-8,
         div_factor=25.0,
+        drop_last=False,
         smoothing=0.0,
         model_ema_decay=0.0,
         seed=0,
