@@ -81,7 +81,7 @@ def draw_layers(path, picture, caption, layers, *, interpolation="bilinear", dpi
             show_picture(grid[layer, head], picture, f"layer {layer + 1}, head {head + 1}")
             show_map(grid[layer, head], layers[layer, head], picture.shape[:2], interpolation=interpolation, alpha=0.6)
     scale = ScalarMappable(Normalize(0, 1), COLOURS)
-    figure.colorbar(scale, ax=grid, aspect=10 * depth, label="share of each map's maximum")
+    figure.colorbar(scale, ax=grid, aspect=10 * depth, label="share of each\nmap's maximum")
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, path, dpi)
 
