@@ -8,12 +8,13 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from errors import UserError
+from models.dropout import Dropout, dropout
 
 
 def explicit_attention(q, k, v, dropout_p=0.0):
     """softmax(q kᵀ / √d) v, written out; q, k, v and the result are (B, heads, N, d) (Vaswani et al. 2017, eq. 1)."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    weights = F.dropout(weights.softmax(dim=-1), dropout_p)
+    weights = dropout(weights.softmax(dim=-1), dropout_p)
     return weights @ v
 
 
@@ -135,7 +136,7 @@ class Mlp(nn.Sequential):
 
     def __init__(self, dim, hidden_dim, *, drop=0.0):
         super().__init__(
-            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(drop), nn.Linear(hidden_dim, dim), nn.Dropout(drop)
+            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(drop), nn.Linear(hidden_dim, dim), Dropout(drop)
         )
 
 

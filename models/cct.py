@@ -9,6 +9,7 @@ from torchvision.ops import StochasticDepth
 
 from errors import UserError
 from models.attention import AttentionSpec, Mlp, make_attention
+from models.dropout import Dropout
 
 
 def conv_tokenizer(embed_dim, *, kernel_size, layers):
@@ -39,7 +40,7 @@ class CompactBlock(nn.Module):
         super().__init__()
         self.pre_norm = nn.LayerNorm(spec.dim)
         self.attn = make_attention(attention, spec)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.norm1 = nn.LayerNorm(spec.dim)
         self.mlp = Mlp(spec.dim, int(spec.dim * mlp_ratio), drop=drop)
         self.drop_path = StochasticDepth(drop_path, mode="row")
@@ -108,7 +109,7 @@ class CompactTransformer(nn.Module):
             self.pos_embed = None
         else:
             raise UserError(f"--positional-embedding {positional_embedding}: there are learnable, sine, none")
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         spec = AttentionSpec(embed_dim, num_heads, self.grid, class_token, qkv_bias=False, attn_drop=attn_drop)
         self.blocks = nn.ModuleList(
             CompactBlock(spec, attention=attention, mlp_ratio=mlp_ratio, drop=drop, drop_path=rate)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import AttentionSpec, Block
+from models.dropout import Dropout
 from models.patches import patch_grid, to_patches
 
 
@@ -44,7 +45,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.Linear(in_channels * patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.randn(1, num_patches + 1, embed_dim))
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         spec = AttentionSpec(embed_dim, num_heads, grid=self.grid, class_token=True)
         self.blocks = nn.ModuleList(
             Block(spec, attention=attention, mlp_ratio=mlp_ratio, drop=drop, drop_path=rate)
