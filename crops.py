@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resized_crop
 
 from errors import UserError
-from large import CENTRE_MARGIN
 from seeding import seed_for
 
 
@@ -37,9 +36,9 @@ def random_crops(sizes, generator, *, scale, ratio):
     return torch.cat([corners, sides], 1)
 
 
-def centre_boxes(sizes):
-    """The boxes (B, 4) of the pictures' centres, as pictures to judge by are cut."""
-    sides = (sizes.amin(1, keepdim=True) / CENTRE_MARGIN).round().long().expand(-1, 2)
+def centre_boxes(sizes, crop_pct):
+    """The boxes (B, 4) of the pictures' centres: squares of crop_pct of their short sides."""
+    sides = (sizes.amin(1, keepdim=True) * crop_pct).round().long().expand(-1, 2)
     return torch.cat([(sizes - sides) // 2, sides], 1)
 
 
@@ -91,7 +90,7 @@ class Crops:
             generator = torch.Generator().manual_seed(seed_for("augmentation", self.seed, epoch, step, 1))  # 1: crops
             boxes = random_crops(sizes, generator, scale=self.scale, ratio=self.ratio)
         else:
-            boxes = centre_boxes(sizes)
+            boxes = centre_boxes(sizes, self.pictures.crop_pct)
         if self.buffer is not None and self.buffer.is_cuda:
             return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size)
         cut = [resized_crop(self.picture(index), *box, [size, size]) for index, box in zip(indices, boxes.tolist())]

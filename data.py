@@ -1,6 +1,7 @@
 """A dataset's name to its pictures."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torchvision.transforms.functional import resize
 from errors import UserError
 from folders import by_all_cores, find_splits, read_folder
 from imagenette import IMAGENETTES, READABLE, find_imagenette
-from large import LargePictures, read_large_folder
+from large import CROP_PCT, LargePictures, read_large_folder
 from shapes import CLASSES, make_shapes
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
@@ -64,14 +65,23 @@ def is_large(name, image_size):
 
 
 def load_dataset(
-    name, *, data_dir, image_size, val_fraction=0.0, test_fraction=0.2, split_seed=0, cache_dir=None, dataset_name=None
+    name,
+    *,
+    data_dir,
+    image_size,
+    crop_pct=CROP_PCT,
+    val_fraction=0.0,
+    test_fraction=0.2,
+    split_seed=0,
+    cache_dir=None,
+    dataset_name=None,
 ):
     """The pictures of a dataset, resized to image_size x image_size, as a Dataset.
 
     val_fraction of the training pictures are split off by class and split_seed, and so is test_fraction of a folder
     that has no split of its own. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png,
-    and so on. Where is_large says so, the training pictures are LargePictures, and the others centre crops. Raises
-    UserError where pictures are missing or cannot be read.
+    and so on. Where is_large says so, the training pictures are LargePictures, and the others centre crops, of crop_pct
+    of the short side. Raises UserError where pictures are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -81,7 +91,8 @@ def load_dataset(
     elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
         folder = Path(data_dir, name)
     if folder:
-        classes, splits = (read_large_folder if large else read_folder)(folder, image_size, cache_dir)
+        read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
+        classes, splits = read(folder, image_size, cache_dir)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
     if name in IMAGENETTES:
@@ -115,6 +126,7 @@ def dataset_of(args):
         args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,
+        crop_pct=args.crop_pct,
         val_fraction=args.val_fraction,
         test_fraction=args.test_fraction,
         split_seed=args.split_seed,

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from folders import by_all_cores, cached_array, decode_pictures, list_folder, opened, upright_picture
 
-CENTRE_MARGIN = 1.14  # the short side of a picture to judge by, over that of the square that is cut from its centre
+CROP_PCT = 0.875  # the square cut from the centre of a picture to judge by, as a share of the picture's short side
 HELD = 2  # the short side of a picture to train on, at most, over that of a crop: few crops are coarser than the file
 
 
@@ -23,6 +24,7 @@ class LargePictures:
     files: np.ndarray  # (N, 3), as pictures_in has them
     sizes: torch.Tensor
     image_size: int  # of a crop
+    crop_pct: float  # see CROP_PCT
     cache_dir: Path | None
 
     def __len__(self):
@@ -61,13 +63,14 @@ class LargePictures:
 
     def centre_crops(self, split):
         """Their centre_crop, (N, 3, S, S) uint8; split is the name under which these are cached."""
-        paths = self.files[:, 0]
-        return torch.from_numpy(self.cached(split, lambda: decode_pictures(paths, self.image_size, centre_crop)))
+        paths, cut = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
+        what = f"{split}-{self.crop_pct:g}"
+        return torch.from_numpy(self.cached(what, lambda: decode_pictures(paths, self.image_size, cut)))
 
 
-def centre_crop(path, size):
-    """A picture to judge by, (3, size, size) uint8: the short side resized to CENTRE_MARGIN * size, then the centre."""
-    short_side = round(CENTRE_MARGIN * size)
+def centre_crop(path, size, *, crop_pct=CROP_PCT):
+    """A picture to judge by, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre."""
+    short_side = round(size / crop_pct)
     picture = resize(upright_picture(path, short_side), short_side)
     return np.asarray(center_crop(picture, size)).transpose(2, 0, 1)
 
@@ -79,7 +82,7 @@ def upright_size(path):
         return picture.size if turned else picture.size[::-1]
 
 
-def read_large_folder(root, image_size, cache_dir=None):
+def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
     """(class names, {split: (LargePictures, labels, file names)}), split as find_splits says, for crops of image_size.
 
     Says on stderr where some are smaller than that. Raises UserError for a folder that cannot be used and a file that
@@ -97,7 +100,9 @@ def read_large_folder(root, image_size, cache_dir=None):
             file=sys.stderr,
         )
     held = np.where(short_sides > HELD * image_size, sizes * HELD * image_size // short_sides, sizes)
-    pictures = LargePictures(root, np.array(files, dtype=object), torch.from_numpy(held), image_size, cache_dir)
+    pictures = LargePictures(
+        root, np.array(files, dtype=object), torch.from_numpy(held), image_size, crop_pct, cache_dir
+    )
     ends = np.cumsum([len(labels) for _, labels, _ in splits.values()])
     return names, {
         split: (pictures[end - len(labels) : end], labels, paths)

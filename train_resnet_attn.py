@@ -63,6 +63,7 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "hflip": 0.5,
     "scale": [0.35, 1.0],
     "ratio": [0.75, 4 / 3],
+    "crop_pct": 0.8,  # fastai's presize: 32 pixels more than 128
     "crop_padding": 0,
     "rotate": 0.0,
     "epochs": 5,

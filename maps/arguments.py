@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from data import is_large
 from files import make_folder
 from maps.pictures import checkpoint_dataset, chosen_pictures, photographs
 from models import build_model
@@ -51,9 +50,7 @@ def open_for_explaining(args):
     checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
     model = rebuild_model(checkpoint, build_model).to(device)
     if args.image and not args.evaluate:
-        size = checkpoint["image_size"]
-        large = is_large(checkpoint["args"]["dataset"], size)
-        return checkpoint, model, photographs(args.image, size, large=large), None
+        return checkpoint, model, photographs(args.image, checkpoint), None
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
     if args.evaluate:
         return checkpoint, model, None, dataset

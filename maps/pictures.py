@@ -1,5 +1,6 @@
 """The pictures that a checkpoint is asked about: of its test set, or photographs."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import dataset_of
+from data import dataset_of, is_large
 from errors import UserError
 from folders import decode_picture
 from large import centre_crop
@@ -41,12 +42,14 @@ def chosen_pictures(dataset, indices):
     ]
 
 
-def photographs(paths, image_size, *, large=False):
-    """Explained pictures of files of any size, cut as test pictures are: see is_large.
+def photographs(paths, checkpoint):
+    """Explained pictures of files of any size, cut as the checkpoint's test pictures are.
 
     Raises UserError for one that cannot be read.
     """
-    cut = centre_crop if large else decode_picture
+    args, image_size = checkpoint["args"], checkpoint["image_size"]
+    large = is_large(args["dataset"], image_size)
+    cut = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_picture
     return [
         Explained(
             path.stem, cut(path, max(256, image_size)).transpose(1, 2, 0), torch.tensor(cut(path, image_size)), None

@@ -55,7 +55,9 @@ def test_pictures_are_normalised_by_mean_and_std_of_training():
 
 def flags(**others):
     off = {"aa": "none", "fill": 0, "hflip": 0.0, "crop_padding": 0, "scale": None, "ratio": None, "rotate": 0.0}
-    return SimpleNamespace(**off | {"reprob": 0.0, "cutout": 0, "mixup": 0.0, "cutmix": 0.0} | others)
+    return SimpleNamespace(
+        **off | {"reprob": 0.0, "cutout": 0, "mixup": 0.0, "cutmix": 0.0, "drop_last": False} | others
+    )
 
 
 def test_flags_ask_for_transforms_and_nothing_is_on_by_itself():

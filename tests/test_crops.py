@@ -70,7 +70,7 @@ def test_boxes_have_the_shares_and_ratios_of_torchvisions():
 def test_a_picture_that_no_draw_fits_is_cut_as_wide_as_the_ratio_allows():
     top, left, height, width = boxes_in((40, 400), scale=(0.9, 1.0), ratio=(0.5, 2.0)).unbind(1)
     assert (height == 40).all() and (width == 80).all() and 0 <= left.min() < 5 and 315 < left.max() <= 320
-    assert centre_boxes(torch.tensor([[100, 157], [114, 114]])).tolist() == [[6, 34, 88, 88], [7, 7, 100, 100]]
+    assert centre_boxes(torch.tensor([[100, 157], [114, 114]]), 0.875).tolist() == [[6, 34, 88, 88], [7, 7, 100, 100]]
 
 
 def test_pixels_are_those_of_torchvision(dataset):

@@ -49,11 +49,13 @@ def test_pictures_keep_their_shape_and_no_more_pixels_than_crops_need(tmp_path):
             assert np.array_equal(pixels, np.asarray(picture.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)))
 
 
-@pytest.mark.parametrize("image_size", [72, 128])
-def test_pictures_to_judge_by_are_cut_as_torchvision_does(tmp_path, image_size):
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "short_side"), [(72, 0.875, 82), (128, 0.875, 146), (128, 0.8, 160)]
+)
+def test_pictures_to_judge_by_are_cut_as_torchvision_does(tmp_path, image_size, crop_pct, short_side):
     root = write_large_pictures(tmp_path / "pets")
-    test = load_large(root, tmp_path, image_size).test
-    short_side = {72: 82, 128: 146}[image_size]  # 1.14 times as long
+    load_large(root, tmp_path, image_size)  # another crop_pct does not take what this one leaves in the cache
+    test = load_large(root, tmp_path, image_size, crop_pct=crop_pct).test
     reference = transforms.Compose([transforms.Resize(short_side), transforms.CenterCrop(image_size)])
     assert test.pictures.shape == (12, 3, image_size, image_size) and test.pictures.dtype == torch.uint8
     for pixels, name in zip(test.pictures, test.names, strict=True):

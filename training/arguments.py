@@ -3,7 +3,7 @@
 import argparse
 
 from errors import UserError
-from training.flag_types import Parser, at_least, fraction, level, positive, positive_fraction, probability
+from training.flag_types import Parser, at_least, fraction, level, positive, positive_fraction, probability, share
 
 # what may differ between a run and its resumption; every other flag is part of what the run is
 FREE_FLAGS = (
@@ -45,6 +45,12 @@ def make_parser(description, *, recipes, datasets, policies):
         type=at_least(1),
         metavar="PIXELS",
         help="resize pictures to this; above 64 cut a folder's (%(default)s)",
+    )
+    data.add_argument(
+        "--crop-pct",
+        type=share,
+        metavar="F",
+        help="what the square cut from a large test picture is of its short side (%(default)s)",
     )
     data.add_argument(
         "--val-fraction", type=fraction, metavar="F", help="split F of the training pictures off, to choose by"
@@ -161,6 +167,7 @@ def make_parser(description, *, recipes, datasets, policies):
     )
     run.add_argument("--minutes", type=positive, metavar="M", help="save and stop after M minutes; --resume goes on")
     parser.set_defaults(
+        crop_pct=0.875,
         test_fraction=0.2,
         split_seed=0,
         val_fraction=0.0,

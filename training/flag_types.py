@@ -46,6 +46,12 @@ def positive_fraction(text):
     return fraction(text)
 
 
+def share(text):
+    """A flag's type: a number above 0, up to 1."""
+    positive(text)
+    return probability(text)
+
+
 def level(text):
     """A flag's type: a whole number from 0 to 255."""
     value = int(text)
