@@ -21,16 +21,28 @@ def explicit_attention(q, k, v, dropout_p=0.0):
 FUSED = F.scaled_dot_product_attention
 
 
-def attend(q, k, v, dropout_p=0.0):
-    """Scaled dot-product attention on (B, heads, N, d), fused or written out.
+def written_out_is_faster(q):
+    """Whether explicit_attention takes less time than torch's function, forward and backward, for such q.
 
-    The rule: written out on a CPU in bfloat16 with at most 400 tokens, fused everywhere else. Forward and backward on
-    two Zen 5 cores, 24 to 32 channels a head, the fused kernel took 7 times as long at 17 tokens, 4 to 5 times at 65,
-    1.5 to 2.4 times at 257, as long at 577, and less in float32. While torch's function is replaced, to record the
-    weights, that is called.
+    Measured on two Zen 5 cores, 24 to 32 channels a head, torch's time over that: in bfloat16 8 at 17 tokens, 6 at 65,
+    1.3 at 257, 1.05 at 577; in float32 where oneDNN multiplies (see training/device.py) 19, 4, 0.9 and 0.8, and where
+    MKL does 1.6, 0.4, 0.4 and 0.4.
+    """
+    tokens = q.shape[-2]
+    if q.device.type != "cpu":
+        return False
+    if q.dtype == torch.bfloat16:
+        return tokens <= 400
+    return tokens <= 128 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def attend(q, k, v, dropout_p=0.0):
+    """Scaled dot-product attention on (B, heads, N, d), fused or written out, by the rule above.
+
+    While torch's function is replaced, to record the weights, that is called.
     """
     recorded = F.scaled_dot_product_attention is not FUSED  # somebody has put a function of theirs in its place
-    if not recorded and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 400:
+    if not recorded and written_out_is_faster(q):
         return explicit_attention(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 

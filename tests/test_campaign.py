@@ -205,7 +205,7 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
         assert time.monotonic() - started < 20 and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signum)  # as a terminal does
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and err == ""
     assert "stopped in p/plain, seed 1; go on: python campaign.py p.toml" in out and len(calls()) == 2
     campaign.main(["p.toml"])
