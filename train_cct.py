@@ -26,6 +26,7 @@ from policies import POLICIES
 from seeding import seed_for
 from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
 from training.checkpoint import load_checkpoint, open_weights
+from training.compiling import compiled_forward
 from training.device import Precision, device_name, pick_device
 from training.flag_types import fraction
 from training.interrupt import StopRequests, Watch
@@ -146,6 +147,7 @@ def main(argv=None):
     watched = {"val": evaluation_batches(dataset, dataset.val, device)} if dataset.val else {"test": test}
 
     # Optimiser
+    forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
@@ -177,6 +179,7 @@ def main(argv=None):
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(
                     model=model,
+                    forward=forward,
                     batches=train,
                     loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
                     optimizer=optimizer,

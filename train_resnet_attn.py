@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
+from imagenette import IMAGENETTES
 from models import build_model
 from models.attention2d import ATTENTIONS2D
 from models.pretrained import imagenet_statistics
@@ -28,6 +29,7 @@ from policies import POLICIES
 from seeding import seed_for
 from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
 from training.checkpoint import judged_weights, load_checkpoint
+from training.compiling import compiled_forward
 from training.device import Precision, device_name, pick_device
 from training.flag_types import at_least
 from training.interrupt import StopRequests, Watch
@@ -79,11 +81,31 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "div_factor": 10.0,
     "smoothing": 0.1,
 }
+STRONG = SURVEY | {  # ours: the same models
+    "rotate": 0.0,
+    "cutout": 12,
+    "epochs": 50,
+    "batch_size": 128,
+    "drop_last": True,
+    "opt": "muon",
+    "lr": 3e-3,
+    "weight_decay": 0.05,
+    "decay_all": False,
+    "sched": "cosine",
+    "smoothing": 0.1,
+}
+LIGHT = {"cutout": 0}  # of strong, in runs too short for more
+LARGE = {  # of strong, on the pictures of woof
+    **{name: WOOF[name] for name in ("model", "image_size", "scale", "ratio", "crop_padding", "epochs", "batch_size")},
+    "cutout": 0,
+}
 RECIPES = {
     "survey": SURVEY,
     "woof": WOOF,
+    "strong": STRONG,
     "quick": SURVEY | {"dataset": "shapes", "epochs": 3, "width": 16, "rotate": 0.0, "attention": "graph"},  # ours
 }
+SHORT = 30  # below so many epochs strong takes what is in LIGHT
 MODEL_FLAGS = dict.fromkeys(
     RESNETS,
     (
@@ -135,7 +157,12 @@ def resnet_parser():
 def chosen_recipe(given):
     """(the name, the defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "survey")
-    return name, RECIPES[name]
+    changes = {}
+    if name == "strong" and given.get("epochs", SHORT) < SHORT:
+        changes = LIGHT
+    if name == "strong" and given.get("dataset") in IMAGENETTES:
+        changes = LARGE
+    return name, RECIPES[name] | changes
 
 
 def main(argv=None):
@@ -193,6 +220,7 @@ def main(argv=None):
     watched = {"val": evaluation_batches(dataset, dataset.val, device)} if dataset.val else {"test": test}
 
     # Optimiser
+    forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
@@ -224,6 +252,7 @@ def main(argv=None):
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(
                     model=model,
+                    forward=forward,
                     batches=train,
                     loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
                     optimizer=optimizer,

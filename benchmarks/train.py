@@ -134,12 +134,12 @@ def resnet18_ways(dataset, device, *, steps, batch_size):
     }
 
 
-MEASURED = {"resnet18": resnet18_ways}
+BENCHMARKED = {"resnet18": resnet18_ways}
 
 
 def main(argv=None):
     parser = speed_parser(__doc__.splitlines()[0])
-    parser.add_argument("--models", choices=MEASURED, nargs="+", default=list(MEASURED), help="(all)")
+    parser.add_argument("--models", choices=BENCHMARKED, nargs="+", default=list(BENCHMARKED), help="(all)")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="(%(default)s)")
     parser.add_argument("--data-dir", default="datasets", help="(%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="(%(default)s)")
@@ -150,7 +150,7 @@ def main(argv=None):
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {dataset.name}")
     speeds = {}
     for name in args.models:
-        ways = MEASURED[name](dataset, device, steps=args.steps, batch_size=args.batch_size)
+        ways = BENCHMARKED[name](dataset, device, steps=args.steps, batch_size=args.batch_size)
         speeds[name] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
         print_speeds(name, speeds[name])
     if args.out:

@@ -8,6 +8,7 @@ from training.device import Precision, device_name, has_bfloat16, let_onednn_mul
 
 
 def test_the_first_device_there_is(monkeypatch):
+    monkeypatch.setattr("training.device.check_kernels", lambda device: None)
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
@@ -53,7 +54,9 @@ def test_precision_on_a_processor(monkeypatch):
 def matmul_settings():
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "none"
+    let_onednn_multiply.cache_clear()
     yield settings
+    let_onednn_multiply.cache_clear()
     settings.fp32_precision = before
 
 
@@ -87,3 +90,27 @@ def test_float32_on_a_processor_asks_for_it(matmul_settings, monkeypatch):
     monkeypatch.setattr("training.device.has_bfloat16", lambda device: True)
     Precision("auto", torch.device("cpu"))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "kinds", "runs"),
+    [
+        ((6, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_75", "sm_86"], True),
+        ((9, 0), ["sm_75", "sm_80"], False),
+        ((12, 0), ["sm_75", "compute_90"], True),
+        ((9, 0), ["sm_80", "sm_90a", "sm_120"], True),
+    ],
+)
+def test_a_card_without_kernels_is_named(monkeypatch, capability, kinds, runs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kinds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    if runs:
+        assert pick_device().type == "cuda"
+    else:
+        with pytest.raises(UserError, match=f"none for Tesla P100 .sm_{capability[0]}{capability[1]}.; --device cpu"):
+            pick_device()

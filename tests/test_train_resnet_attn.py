@@ -70,6 +70,15 @@ def test_an_xresnet_by_the_recipe_of_its_time_and_no_rollout_of_its_block(resnet
         rollout.main([str(tmp_path / "runs" / "xresnet18"), "--index", "0"])
 
 
+def test_strong_is_light_in_short_runs_and_has_crops_for_large_pictures():
+    chosen, strong = train_resnet_attn.chosen_recipe, train_resnet_attn.STRONG
+    assert chosen({"recipe": "strong"}) == ("strong", strong) and strong["cutout"]
+    assert chosen({"recipe": "strong", "epochs": 29})[1] == strong | {"cutout": 0}
+    name, large = chosen({"recipe": "strong", "dataset": "imagewoof", "epochs": 80})
+    assert large["model"] == "xresnet50" and large["image_size"] == 128 and large["scale"] == [0.35, 1.0]
+    assert large["opt"] == "muon" and not large["crop_padding"] and not large["cutout"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

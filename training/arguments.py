@@ -21,6 +21,7 @@ FREE_FLAGS = (
     "save_epochs",
     "patience",
     "summary",
+    "profile",
 )
 NOT_GIVEN = object()
 
@@ -146,6 +147,9 @@ def make_parser(description, *, recipes, datasets, policies):
     training.add_argument(
         "--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy"
     )
+    training.add_argument(
+        "--compile", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU, in long runs (%(default)s)"
+    )
     training.add_argument("--seed", type=at_least(0), help="of weights, order, augmentation and dropout (%(default)s)")
     training.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
     training.add_argument(
@@ -165,6 +169,7 @@ def make_parser(description, *, recipes, datasets, policies):
     run.add_argument(
         "--save-minutes", type=positive, metavar="M", help="save within an epoch every M minutes (%(default)s)"
     )
+    run.add_argument("--profile", action="store_true", help="also write where the time of ten steps goes")
     run.add_argument("--minutes", type=positive, metavar="M", help="save and stop after M minutes; --resume goes on")
     parser.set_defaults(
         crop_pct=0.875,
@@ -190,6 +195,7 @@ def make_parser(description, *, recipes, datasets, policies):
         model_ema_decay=0.0,
         seed=0,
         amp="auto",
+        compile="auto",
         out_dir="checkpoints",
         save_minutes=10.0,
         save_epochs=[],

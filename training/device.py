@@ -1,5 +1,6 @@
 """The device, the precision that it computes in, and what it calls itself."""
 
+import functools
 import platform
 import sys
 
@@ -24,7 +25,25 @@ def pick_device(name=None):
         raise UserError(
             f"--device {name}: this machine, or this build of torch, has none; here there is {', '.join(available)}"
         )
+    if device.type == "cuda":
+        check_kernels(device)
     return device
+
+
+def check_kernels(device):
+    """Raises UserError for a GPU that this build of torch has no kernels for."""
+    own = torch.cuda.get_device_capability(device)
+    kinds = torch.cuda.get_arch_list()
+    for kind in kinds:  # sm_75 runs on 7.5 and above up to 7.9, compute_90 on all from 9.0
+        name, number = kind.rstrip("af").split("_")
+        needed = divmod(int(number), 10)
+        if needed <= own and (name == "compute" or needed[0] == own[0]):
+            return
+    name = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
+    raise UserError(
+        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; --device cpu goes, or an"
+        " older torch"
+    )
 
 
 def has_bfloat16(device):
@@ -37,11 +56,13 @@ def has_bfloat16(device):
     return False
 
 
+@functools.cache
 def let_onednn_multiply():
     """Let oneDNN multiply float32 matrices on this CPU where it keeps to float32; returns whether it does.
 
     torch asks MKL, which takes twice as long on an AMD Zen 5. The switch permits bfloat16 within a product, and oneDNN
     uses that where there is AMX: three products, of the layouts that a linear layer needs, tell, and it goes back.
+    Asked once a process.
     """
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
@@ -69,6 +90,8 @@ class Precision:
         self.amp = amp
         self.device_type = device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # convolutions have it by default
         if device.type == "cpu" and amp == "off":
             let_onednn_multiply()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 
 from errors import UserError
 from training.loop import means
+from training.memory import is_memory_error, memory_error
+from training.profiling import StepProfiler
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,14 +59,17 @@ class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(steps_done, sums)`; True asks it to stop.
 
     It keeps the run's place and time; a few times a second it reads the sums from the device and shows them in a bar;
-    every --save-minutes it saves. Raises UserError, with the epoch, the step and the learning rate, when the loss was
-    not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
+    every --save-minutes it saves; with --profile it profiles the first epoch. Raises UserError, with the epoch, the
+    step and the learning rate, when the loss was not finite: at the next refresh, at the latest when the epoch ends,
+    and before anything is saved; and where memory is used up, what memory_error says.
     """
 
     REFRESH_SECONDS = 0.4
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
+        profiled = run.args.profile and run.epoch == run.first_epoch
+        self.profiler = StepProfiler(run.folder, run.device) if profiled else None
         self.last_step = self.last_refresh = self.last_save = time.monotonic()
         self.bar = tqdm(
             total=steps_per_epoch,
@@ -79,6 +84,10 @@ class Watch:
 
     def __exit__(self, kind, value, traceback):
         self.bar.close()
+        if self.profiler:
+            self.profiler.close()
+        if value and is_memory_error(value):
+            raise memory_error(value, self.run) from value
         if kind is None and self.run.step:
             self.refresh(self.run.sums)
             self.run.sums["seconds"] += time.monotonic() - self.last_step
@@ -87,6 +96,8 @@ class Watch:
         now = time.monotonic()
         sums["seconds"] += now - self.last_step
         self.run.step, self.last_step = steps_done, now
+        if self.profiler:
+            self.profiler.step()
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now

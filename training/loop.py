@@ -29,6 +29,7 @@ def means(sums):
 def train_one_epoch(
     *,
     model,
+    forward=None,
     batches,
     loss_function,
     optimizer,
@@ -44,6 +45,7 @@ def train_one_epoch(
 ):
     """Train from start_step to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
+    forward(pictures) gives the logits where the model itself is not to be called (see training/compiling.py).
     loss_function(logits, labels) gives the mean over the batch. average is an AveragedModel of torch's, which follows
     each update of the weights. after_step(steps done in this epoch, sums) is called after each step, and ends the epoch
     early by returning True. Nothing here waits for the device. Returns the number
@@ -55,7 +57,7 @@ def train_one_epoch(
     for pictures, labels in batches.batches(epoch, start_step):
         torch.manual_seed(seed_for("dropout", seed, epoch, step))
         with precision.autocast():
-            logits = model(pictures)
+            logits = (model if forward is None else forward)(pictures)
             loss = loss_function(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()

@@ -1,0 +1,41 @@
+"""Where the time of a training step goes."""
+
+import sys
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+WAIT, MEASURED = 5, 10  # steps
+
+
+class StepProfiler:
+    """A torch.profiler that leaves the first WAIT steps out and writes what the MEASURED ones after them took.
+
+    A trace for Perfetto or chrome://tracing goes to trace.json.gz in the folder, ten lines to the screen. step() is
+    called after each step, close() at the end.
+    """
+
+    def __init__(self, folder, device):
+        self.path, self.device, self.done = folder / "trace.json.gz", device, False
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        plan = schedule(wait=WAIT - 2, warmup=2, active=MEASURED, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.write)
+        self.profiler.start()
+        self.step = self.profiler.step
+
+    def write(self, profiler):
+        profiler.export_chrome_trace(str(self.path))
+        where = "device" if self.device.type == "cuda" else "cpu"
+        rows = profiler.key_averages()
+        times = {row.key: (getattr(row, f"self_{where}_time_total"), row.count) for row in rows}
+        total = sum(time for time, _ in times.values())
+        print(f"{MEASURED} steps of {total / MEASURED / 1e3:.1f} ms on the {where}; the trace is in {self.path}")
+        for name, (time, count) in sorted(times.items(), key=lambda item: -item[1][0])[:10]:
+            share, milliseconds, calls = time / total, time / MEASURED / 1e3, count / MEASURED
+            name = "outside of operations" if name.startswith("ProfilerStep") else name
+            print(f"{share:6.1%} {milliseconds:9.2f} ms a step {calls:7.1f} calls  {name[:70]}")
+        self.done = True
+
+    def close(self):
+        self.profiler.stop()
+        if not self.done:
+            print(f"warning: --profile needs {WAIT + MEASURED} steps in an epoch; no trace", file=sys.stderr)
