@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from training.device import let_onednn_multiply
+
 REPOSITORY = Path.cwd()
 
 # the smallest ViT that still has every part
@@ -25,6 +27,15 @@ def write_pictures(root, *, classes=("cat", "dog"), count=6, size=(40, 32), suff
             pixels[..., number % 3] += 120
             Image.fromarray(pixels).save(root / name / f"{index:03}{suffix}")
     return root
+
+
+@pytest.fixture(autouse=True)
+def matmul_settings():
+    """How float32 matrices are multiplied is a switch of the process: every test begins with torch's own, MKL."""
+    settings = torch.backends.mkldnn.matmul
+    settings.fp32_precision = "none"
+    let_onednn_multiply.cache_clear()
+    return settings
 
 
 @pytest.fixture

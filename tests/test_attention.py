@@ -25,19 +25,16 @@ def test_explicit_and_fused_agree():
         (torch.float32, 257, "bf16", False),
     ],
 )
-def test_attend_picks_by_its_rule_and_gives_the_same_either_way(monkeypatch, dtype, tokens, onednn, written_out):
+def test_attend_picks_by_its_rule_and_gives_the_same_either_way(
+    monkeypatch, dtype, tokens, onednn, written_out, matmul_settings
+):
     calls = []
     monkeypatch.setattr(models.attention, "explicit_attention", lambda *a: calls.append(1) or explicit_attention(*a))
     q, k, v = torch.randn(3, 2, 4, tokens, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = scaled_dot_product_attention(q.float(), k.float(), v.float())
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, onednn
-    try:
-        found = attend(q, k, v)
-    finally:
-        settings.fp32_precision = before
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=tolerance)
+    matmul_settings.fp32_precision = onednn
+    torch.testing.assert_close(attend(q, k, v).float(), expected, rtol=0, atol=tolerance)
     assert bool(calls) == written_out
 
 

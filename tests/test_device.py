@@ -50,16 +50,6 @@ def test_precision_on_a_processor(monkeypatch):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-@pytest.fixture
-def matmul_settings():
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "none"
-    let_onednn_multiply.cache_clear()
-    yield settings
-    let_onednn_multiply.cache_clear()
-    settings.fp32_precision = before
-
-
 def test_onednn_multiplies_in_float32_or_not_at_all(matmul_settings):
     """On a machine with AMX it would multiply in bfloat16, and the switch goes back; either way float32 stays that."""
     assert let_onednn_multiply() == (matmul_settings.fp32_precision == "bf16")

@@ -92,7 +92,7 @@ class CountWaits(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device_inside_an_epoch():
-    Precision("off", CPU)  # the first looks at how this CPU multiplies
+    Precision("off", CPU)  # looks at how this CPU multiplies, once a process
     with CountWaits() as counted:
         train(nn.Linear(5, 4), random_batches(), clip_grad=1.0)
     assert counted.waits == 0
