@@ -2,160 +2,223 @@
 
     python -m benchmarks.train --data-dir datasets --out results/speed/train-cpu.json
 
-Ours is a script's own recipe, through its own batches, loop and optimiser. The peers of ResNet18: torchvision's model
-in float32 and in torch's default layout, fed by our batches, and fed as its users do, by a DataLoader of one process
-that crops, flips and normalises picture by picture. They take turns, round after round; the median is shown, and the
-quartiles of the rounds as the spread.
+Ours is a script's own recipe, through its own batches, loop and optimiser. The peers (peers.py) have models of the same
+size, loaders without workers that transform picture by picture, and plain loops; in float32 unless it says otherwise.
+They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread. Beside that:
+what share of the machine's matrix product, measured in the same run, our steps come to, and what share of a step is
+data and augmentation.
 """
 
 import importlib
 import itertools
 import os
+import statistics
 from functools import partial
+from pathlib import Path
 
 import torch
 import torchvision.transforms as v1
-from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
-from torchvision.models import resnet18
-from torchvision.transforms.functional import to_pil_image
+from torch.utils.flop_counter import FlopCounterMode
 
 from batches import training_batches
-from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
+from benchmarks.peers import ReportViT, one_hot, peer_training, plain_resnet18, timm_loader, torchvision_loader
+from benchmarks.turns import pictures_a_second, plot_speeds, print_speeds, speed_parser, take_turns, write_speeds
 from campaign import script_parser
 from data import DATASETS, load_dataset
 from errors import run_script
 from models import build_model
 from training.arguments import complete_arguments, given_arguments
-from training.device import Precision, device_name, pick_device
+from training.compiling import compiled_forward
+from training.device import Precision, device_name, let_onednn_multiply, pick_device
 from training.flag_types import at_least
 from training.loop import new_sums, train_one_epoch
 from training.optimizer import make_optimizer
 from training.schedules import make_schedule
 
-
-def chosen_arguments(script, flags):
-    """What a training script would make of these flags, and the names of those that its model is built with."""
-    module, parser = importlib.import_module(script), script_parser(f"{script}.py")
-    given = given_arguments(parser, flags)
-    recipe, defaults = module.chosen_recipe(given)
-    args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
-    return args, module.MODEL_FLAGS[args.model]
+ALONE = "its batches alone"
 
 
-def our_training(script, flags, dataset, device, steps, *, model=None):
-    """A function without arguments that trains so many steps and returns the number of pictures; so are the peers'.
+class Ours:
+    """A training script's own steps for the flags that it would get; `run` does `steps` of them and returns the number
+    of pictures, `run_batches` goes through as many batches and trains nothing."""
 
-    model stands in for the one that the flags ask for.
-    """
-    args, model_flags = chosen_arguments(script, flags)
-    if model is None:
-        model = build_model(
-            args.model, num_classes=len(dataset.classes), **{name: getattr(args, name) for name in model_flags}
-        )
-    model = model.to(device)
-    batches = training_batches(dataset, args, device)
-    optimizer = make_optimizer(args, model)
-    schedule = make_schedule(args, optimizer, steps_per_epoch=batches.steps_per_epoch)
-    epochs = itertools.count()
+    def __init__(self, script, flags, dataset, device, steps):
+        module, parser = importlib.import_module(script), script_parser(f"{script}.py")
+        given = given_arguments(parser, flags)
+        recipe, defaults = module.chosen_recipe(given)
+        self.args = args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
+        model_args = {name: getattr(args, name) for name in module.MODEL_FLAGS[args.model]}
+        self.model = build_model(args.model, num_classes=len(dataset.classes), **model_args).to(device)
+        self.device, self.steps, self.epochs = device, steps, itertools.count()
+        self.forward = compiled_forward(self.model, args, device=device, num_pictures=len(dataset.train.labels))
+        self.batches = training_batches(dataset, args, device)
+        self.optimizer = make_optimizer(args, self.model)
+        self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
+        settings = torch.backends.mkldnn.matmul
+        before = settings.fp32_precision
+        self.precision = Precision(args.amp, device)
+        self.matmul, settings.fp32_precision = settings.fp32_precision, before  # the peers have torch's own
 
-    def run():
-        sums = new_sums(device)
+    def run(self):
+        sums = new_sums(self.device)
+        settings = torch.backends.mkldnn.matmul
+        before, settings.fp32_precision = settings.fp32_precision, self.matmul
         train_one_epoch(
-            model=model,
-            batches=batches,
-            loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
-            optimizer=optimizer,
-            schedule=schedule,
-            precision=Precision(args.amp, device),
-            seed=args.seed,
-            epoch=next(epochs),
+            model=self.model,
+            forward=self.forward,
+            batches=self.batches,
+            loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            precision=self.precision,
+            seed=self.args.seed,
+            epoch=next(self.epochs),
             sums=sums,
-            clip_grad=args.clip_grad,
-            after_step=lambda done, sums: done == steps,
+            clip_grad=self.args.clip_grad,
+            after_step=lambda done, sums: done == self.steps,
         )
+        settings.fp32_precision = before
         return sums["pictures"]
 
-    return run
+    def run_batches(self):
+        return sum(len(labels) for _, labels in itertools.islice(self.batches.batches(next(self.epochs)), self.steps))
+
+    def gflop_a_picture(self):
+        """Of the matrix products of a forward and backward pass."""
+        size = self.args.image_size
+        with FlopCounterMode(display=False) as counter:
+            self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()
+        return counter.get_total_flops() / 2 / 1e9
 
 
-def plain_resnet18(num_classes):
-    """torchvision's, with the stem for small pictures."""
-    model = resnet18(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    model.no_weight_decay = ()
-    return model
+def vit_ways(dataset, device, *, steps, batch_size):
+    """The report's ViT. Its own loop: transforms of tensors, one-hot targets, attention weights asked for."""
+    from timm.models.vision_transformer import VisionTransformer
+    from vit_pytorch import ViT
 
-
-class PilPictures(torch.utils.data.Dataset):
-    """The pictures of a Split as torchvision's users have them: PIL, transformed one by one."""
-
-    def __init__(self, split, transform):
-        self.pictures, self.labels, self.transform = split.pictures, split.labels, transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return self.transform(to_pil_image(self.pictures[index])), int(self.labels[index])
-
-
-def torchvision_training(model, dataset, device, steps, *, batch_size):
-    size, mean, std = dataset.train.pictures.shape[2:], dataset.mean, dataset.std
-    transform = v1.Compose([v1.RandomCrop(size, 4), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(mean, std)])
-    loader = DataLoader(PilPictures(dataset.train, transform), batch_size, shuffle=True)
-    model = model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-    def run():
-        count = 0
-        for pictures, labels in itertools.islice(loader, steps):
-            loss = cross_entropy(model(pictures.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            count += len(labels)
-        return count
-
-    return run
-
-
-def resnet18_ways(dataset, device, *, steps, batch_size):
-    flags = ["--recipe", "survey", "--rotate", "0", "--batch-size", str(batch_size)]
-    ours = partial(our_training, "train_resnet_attn", dataset=dataset, device=device, steps=steps)
-    peer = partial(plain_resnet18, len(dataset.classes))
-    return {
-        "ours": ours(flags),
-        "ours in float32": ours([*flags, "--amp", "off"]),
-        "torchvision's model, our batches": ours([*flags, "--amp", "off"], model=peer()),
-        "torchvision's model and batches": torchvision_training(peer(), dataset, device, steps, batch_size=batch_size),
+    batch_size = batch_size or 64
+    flags = ["--batch-size", str(batch_size)]
+    ours, exact = (Ours("train_vit", [*flags, *more], dataset, device, steps) for more in ((), ("--amp", "off")))
+    crop = {"scale": (0.8, 1.0), "ratio": (0.9, 1.1)}
+    tensors = [v1.ToTensor(), v1.RandomHorizontalFlip(), v1.RandomResizedCrop(32, **crop, antialias=True)]
+    report = torchvision_loader(dataset, tensors, batch_size)
+    size = {"num_classes": 10, "patch_size": 4, "depth": 6}
+    timm = VisionTransformer(32, embed_dim=256, num_heads=8, mlp_ratio=2, pos_drop_rate=0.2, proj_drop_rate=0.2, **size)
+    plain = ViT(image_size=32, dim=256, heads=8, dim_head=32, mlp_dim=512, dropout=0.2, emb_dropout=0.2, **size)
+    train = partial(peer_training, device=device, steps=steps)
+    return ours, {
+        "ours": ours.run,
+        "ours in float32": exact.run,
+        "the report's loop": train(ReportViT(), report, mix=one_hot(10), reads=2),
+        "timm": train(timm, timm_loader(dataset, batch_size, hflip=0.5, **crop)),
+        "vit-pytorch": train(plain, torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)),
+        ALONE: ours.run_batches,
     }
 
 
-BENCHMARKED = {"resnet18": resnet18_ways}
+def cct_ways(dataset, device, *, steps, batch_size):
+    """CCT-6/3x1 with AutoAugment; vit-pytorch's with timm's AutoAugment and mixup."""
+    from timm.data import Mixup
+    from vit_pytorch.cct import CCT
+
+    batch_size = batch_size or 128
+    ours = Ours("train_cct", ["--batch-size", str(batch_size)], dataset, device, steps)
+    classes = len(dataset.classes)
+    mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
+    loader = timm_loader(dataset, batch_size, hflip=0.5, scale=(0.8, 1.0), auto_augment="original")
+
+    def peer():
+        tokenizer = {"n_conv_layers": 1, "kernel_size": 3, "stride": 1, "padding": 1}
+        layers = {"num_layers": 6, "num_heads": 4, "mlp_ratio": 2, "positional_embedding": "learnable"}
+        return CCT(img_size=32, embedding_dim=256, num_classes=classes, **tokenizer, **layers)
+
+    train = partial(peer_training, loader=loader, device=device, steps=steps, mix=mix)
+    return ours, {
+        "ours": ours.run,
+        "vit-pytorch, timm's data": train(peer()),
+        "the same in bfloat16": train(peer(), dtype=torch.bfloat16),
+        ALONE: ours.run_batches,
+    }
+
+
+def small_cct_ways(dataset, device, *, steps, batch_size):
+    flags = ["--model", "cct_2_3x2", "--batch-size", str(batch_size or 128)]
+    ours = Ours("train_cct", flags, dataset, device, steps)
+    return ours, {"ours": ours.run, ALONE: ours.run_batches}
+
+
+def resnet18_ways(dataset, device, *, steps, batch_size):
+    """ResNet18 for 32 pixels; torchvision's in torch's default layout."""
+    batch_size = batch_size or 128
+    flags = ["--recipe", "survey", "--rotate", "0", "--batch-size", str(batch_size)]
+    ours, exact = (
+        Ours("train_resnet_attn", [*flags, *more], dataset, device, steps) for more in ((), ("--amp", "off"))
+    )
+    pictures = torchvision_loader(dataset, [v1.RandomCrop(32, 4), v1.RandomHorizontalFlip(), v1.ToTensor()], batch_size)
+    sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+    return ours, {
+        "ours": ours.run,
+        "ours in float32": exact.run,
+        "torchvision": peer_training(plain_resnet18(10), pictures, device, steps, make=sgd),
+        ALONE: ours.run_batches,
+    }
+
+
+BENCHMARKED = {
+    "vit": (vit_ways, "cifar10"),
+    "cct_6_3x1": (cct_ways, "cifar100"),
+    "cct_2_3x2": (small_cct_ways, "cifar100"),
+    "resnet18": (resnet18_ways, "cifar10"),
+}
+
+
+def matmul_peak(device, dtype):
+    """GFLOP/s of the product of two square matrices, the best of five tries."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def run():
+        torch.mm(a, b)
+        return 2 * size**3 / 1e9
+
+    return max(pictures_a_second(run, device, seconds=0.3) for _ in range(5))
 
 
 def main(argv=None):
     parser = speed_parser(__doc__.splitlines()[0])
     parser.add_argument("--models", choices=BENCHMARKED, nargs="+", default=list(BENCHMARKED), help="(all)")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="(%(default)s)")
+    parser.add_argument("--dataset", choices=DATASETS, help="(cifar100 for CCT, cifar10 for the others)")
     parser.add_argument("--data-dir", default="datasets", help="(%(default)s)")
-    parser.add_argument("--batch-size", type=at_least(1), default=128, help="(%(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=10, help="at a time (%(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), help="(the recipe's)")
+    parser.add_argument("--steps", type=at_least(1), default=2, help="at a time (%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    dataset = load_dataset(args.dataset, data_dir=args.data_dir, image_size=32)
-    print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {dataset.name}")
-    speeds = {}
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    let_onednn_multiply()
+    peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    settings.fp32_precision = before
+    print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
+    speeds, work = {}, {}
     for name in args.models:
-        ways = BENCHMARKED[name](dataset, device, steps=args.steps, batch_size=args.batch_size)
+        make, default = BENCHMARKED[name]
+        dataset = load_dataset(args.dataset or default, data_dir=args.data_dir, image_size=32)
+        ours, ways = make(dataset, device, steps=args.steps, batch_size=args.batch_size)
+        work[name] = ours.gflop_a_picture()
         speeds[name] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
-        print_speeds(name, speeds[name])
+        print_speeds(f"{name}, {dataset.name}", speeds[name])
+        medians = {way: statistics.median(values) for way, values in speeds[name].items()}
+        for way, dtype in {"ours": str(ours.precision.dtype)[6:], "ours in float32": "float32"}.items():
+            if way in medians:
+                share = medians[way] * work[name] / peaks[dtype]
+                print(f"{way}: {work[name]:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
+        print(f"data and augmentation: {medians['ours'] / medians[ALONE]:.1%} of a step")
     if args.out:
-        options = {"dataset": dataset.name, "batch_size": args.batch_size, "steps": args.steps}
-        write_speeds(args.out, device, {**options, "pictures_per_second": speeds})
+        results = {"peak_gflops": peaks, "gflop_a_picture": work, "pictures_per_second": speeds}
+        write_speeds(args.out, device, results)
+        plot_speeds(Path(args.out).with_suffix(".png"), speeds, device)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What is measured side by side: ways that take turns, round after round, the table of their speeds, and its file."""
 
+import io
 import json
 import os
 import statistics
 import time
 
 import torch
+from matplotlib.figure import Figure
 
 from files import write_atomically
 from training.device import device_name
@@ -58,6 +60,25 @@ def print_speeds(title, speeds):
         low, _, high = statistics.quantiles(values, method="inclusive")
         ratio = "" if name == ours else f"{statistics.median(speeds[ours]) / middle:6.1f} times as fast"
         print(f"{name:{width}}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>24}   {ratio}".rstrip())
+
+
+def plot_speeds(path, tables, device):
+    """Bars of {title: speeds}: how many pictures a second each way does, the quartiles of its rounds as a line."""
+    counts = [len(speeds) for speeds in tables.values()]
+    figure = Figure(figsize=(7, 0.5 + 0.35 * sum(counts) + 0.5 * len(counts)), layout="constrained")
+    axes = figure.subplots(len(tables), squeeze=False, height_ratios=counts)[:, 0]
+    for axis, (title, speeds) in zip(axes, tables.items(), strict=True):
+        quartiles = [statistics.quantiles(values, method="inclusive") for values in speeds.values()]
+        middles = [middle for _, middle, _ in quartiles]
+        spread = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
+        bars = axis.barh(list(speeds), middles, xerr=spread, color="tab:blue", capsize=2)
+        axis.bar_label(bars, [f"{middle:,.0f}" for middle in middles], padding=8)
+        axis.set(title=title, xlim=(0, 1.2 * max(middles)))
+        axis.invert_yaxis()
+    axes[-1].set_xlabel(f"pictures a second, {device_name(device)}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
 def write_speeds(path, device, results):

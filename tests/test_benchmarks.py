@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, loading, train
+from benchmarks import augment, loading, peers, train
 from benchmarks.turns import take_turns
+from models import build_model
 
 QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01"]
 
@@ -49,19 +50,29 @@ def test_augmentation(tmp_path, capsys):
     check_speeds(tmp_path / "speed.json", 4, capsys)
 
 
-def test_training_steps_beside_torchvision(tmp_path, capsys):
-    train.main(
-        [*QUICK, "--dataset", "shapes", "--batch-size", "4", "--steps", "1", "--out", str(tmp_path / "speed.json")]
-    )
-    check_speeds(tmp_path / "speed.json", 4, capsys)
+@pytest.mark.parametrize(("model", "ways"), [("vit", 6), ("cct_6_3x1", 4), ("cct_2_3x2", 2), ("resnet18", 4)])
+def test_training_steps_beside_the_peers(model, ways, tmp_path, capsys, monkeypatch):
+    if model in ("vit", "cct_6_3x1"):
+        pytest.importorskip("timm")
+        pytest.importorskip("vit_pytorch")
+    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 100.0)
+    options = ["--models", model, "--dataset", "shapes", "--batch-size", "4", "--steps", "1"]
+    train.main([*QUICK, *options, "--out", str(tmp_path / "speed.json")])
+    check_speeds(tmp_path / "speed.json", ways, capsys)
+    assert Image.open(tmp_path / "speed.png").width > 500
+    gflop = json.loads((tmp_path / "speed.json").read_text())["gflop_a_picture"][model]
+    assert gflop == pytest.approx({"vit": 1.308, "cct_6_3x1": 6.07, "cct_2_3x2": 0.2, "resnet18": 3.33}[model], rel=0.1)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
-def test_ours_and_the_peer_are_the_same_model():
-    ours = train.build_model("resnet18", num_classes=10, image_size=32)
-    peer = train.plain_resnet18(10)
-    peer.load_state_dict(ours.state_dict())
+def test_ours_and_the_peers_are_models_of_one_size():
+    ours = {name: build_model(name, num_classes=10) for name in ("vit", "resnet18")}
+    peer = peers.plain_resnet18(10)
+    peer.load_state_dict(ours["resnet18"].state_dict())
     pictures = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(ours.eval()(pictures), peer.eval()(pictures), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours["resnet18"].eval()(pictures), peer.eval()(pictures), rtol=1e-4, atol=1e-4)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (ours["vit"], peers.ReportViT())]
+    assert counts[0] == counts[1] == 3_195_146
 
 
 def test_loading_of_large_pictures(tmp_path, capsys):

@@ -1,0 +1,126 @@
+"""What a user would take instead: models, loaders and loops of others, as their documents and examples have them."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as v1
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import resnet18
+from torchvision.transforms.functional import to_pil_image
+
+
+class PilPictures(Dataset):
+    """The pictures of a Split one by one, as PIL pictures that `transform` is applied to, with their labels."""
+
+    def __init__(self, split, transform=None):
+        self.pictures, self.labels, self.transform = split.pictures, split.labels, transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        picture = to_pil_image(self.pictures[index])
+        return self.transform(picture) if self.transform else picture, int(self.labels[index])
+
+
+def torchvision_loader(dataset, transforms, batch_size):
+    """A DataLoader without workers, whose transforms are applied picture by picture."""
+    transform = v1.Compose([*transforms, v1.Normalize(dataset.mean, dataset.std)])
+    return DataLoader(PilPictures(dataset.train, transform), batch_size, shuffle=True)
+
+
+def timm_loader(dataset, batch_size, **options):
+    """timm's, without workers."""
+    from timm.data import create_loader
+
+    pictures = PilPictures(dataset.train)
+    return create_loader(
+        pictures,
+        tuple(dataset.train.pictures.shape[1:]),
+        batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        num_workers=0,
+        color_jitter=None,
+        mean=dataset.mean,
+        std=dataset.std,
+        **options,
+    )
+
+
+def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=torch.optim.AdamW, mix=None, reads=0):
+    """A function without arguments that trains so many steps of a plain loop and returns the number of pictures.
+
+    dtype is that of autocast, mix(pictures, labels) gives mixed pictures and soft targets; reads says how often a step
+    waits for a value of the device.
+    """
+    model = model.to(device).train()
+    optimizer = make(model.parameters(), lr=1e-3)
+
+    def run():
+        count = 0
+        for pictures, labels in itertools.islice(loader, steps):
+            pictures, labels = pictures.to(device), labels.to(device)
+            count += len(labels)
+            if mix:
+                pictures, labels = mix(pictures, labels)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(pictures)
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if reads:
+                loss.item()
+                (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum().item()
+        return count
+
+    return run
+
+
+class ReportBlock(nn.Module):
+    """A block of the ViT report: torch's attention, which also gives its weights, averaged over heads."""
+
+    def __init__(self, dim=256, num_heads=8, drop=0.2):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(drop), nn.Linear(2 * dim, dim), nn.Dropout(drop)
+        )
+
+    def forward(self, x):
+        n = self.norm1(x)
+        x = x + self.attn(n, n, n, need_weights=True, average_attn_weights=True)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class ReportViT(nn.Module):
+    """The report's model on pictures (B, 3, 32, 32), unfolded into patches of 4 x 4."""
+
+    def __init__(self, num_classes=10, dim=256):
+        super().__init__()
+        self.embed = nn.Linear(48, dim)
+        self.cls_token, self.positions = (nn.Parameter(torch.randn(1, count, dim)) for count in (1, 65))
+        self.drop = nn.Dropout(0.2)
+        self.blocks = nn.Sequential(*(ReportBlock(dim) for _ in range(6)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+
+    def forward(self, pictures):
+        x = self.embed(F.unfold(pictures, 4, stride=4).mT)  # (B, 64, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        return self.head(self.norm(self.blocks(self.drop(x))[:, 0]))
+
+
+def one_hot(num_classes):
+    return lambda pictures, labels: (pictures, F.one_hot(labels, num_classes).float())
+
+
+def plain_resnet18(num_classes):
+    """torchvision's, with the stem for small pictures."""
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
