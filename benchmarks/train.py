@@ -30,7 +30,7 @@ from errors import run_script
 from models import build_model
 from training.arguments import complete_arguments, given_arguments
 from training.compiling import compiled_forward
-from training.device import Precision, device_name, let_onednn_multiply, pick_device
+from training.device import Precision, device_name, onednn_keeps_float32, pick_device
 from training.flag_types import at_least
 from training.loop import new_sums, train_one_epoch
 from training.optimizer import make_optimizer
@@ -196,7 +196,7 @@ def main(argv=None):
     device = pick_device(args.device)
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
-    let_onednn_multiply()
+    settings.fp32_precision = "bf16" if onednn_keeps_float32() else before
     peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     settings.fp32_precision = before
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")

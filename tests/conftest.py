@@ -9,8 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from training.device import let_onednn_multiply
-
 REPOSITORY = Path.cwd()
 
 # the smallest ViT that still has every part
@@ -34,7 +32,6 @@ def matmul_settings():
     """How float32 matrices are multiplied is a switch of the process: every test begins with torch's own, MKL."""
     settings = torch.backends.mkldnn.matmul
     settings.fp32_precision = "none"
-    let_onednn_multiply.cache_clear()
     return settings
 
 

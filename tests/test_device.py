@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from errors import UserError
-from training.device import Precision, device_name, has_bfloat16, let_onednn_multiply, pick_device
+from training.device import Precision, device_name, has_bfloat16, onednn_keeps_float32, pick_device
 
 
 def test_the_first_device_there_is(monkeypatch):
@@ -50,18 +50,26 @@ def test_precision_on_a_processor(monkeypatch):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_onednn_multiplies_in_float32_or_not_at_all(matmul_settings):
-    """On a machine with AMX it would multiply in bfloat16, and the switch goes back; either way float32 stays that."""
-    assert let_onednn_multiply() == (matmul_settings.fp32_precision == "bf16")
+@pytest.fixture
+def asked_anew():
+    onednn_keeps_float32.cache_clear()
+    yield
+    onednn_keeps_float32.cache_clear()
+
+
+def test_float32_stays_float32_whoever_multiplies(asked_anew, matmul_settings):
+    """On a machine with AMX oneDNN would multiply in bfloat16, and is not asked."""
+    Precision("off", torch.device("cpu"))
+    assert matmul_settings.fp32_precision == ("bf16" if onednn_keeps_float32() else "none")
     generator = torch.Generator().manual_seed(1)
     for rows, inner, columns in ((64 * 65, 256, 768), (512, 64 * 65, 256), (33, 77, 129)):
         a = torch.randn(rows, inner, generator=generator)
         b = torch.randn(inner, columns, generator=generator)
         expected = a.double() @ b.double()
-        assert ((a @ b).double() - expected).abs().max() < 1e-5 * inner**0.5 * 4
+        assert ((a @ b).double() - expected).abs().max() < 4e-5 * inner**0.5
 
 
-def test_a_probe_that_is_not_float32_turns_the_switch_back(matmul_settings, monkeypatch):
+def test_a_probe_that_is_not_float32_is_seen(asked_anew, matmul_settings, monkeypatch):
     class Rough(torch.Tensor):
         def __matmul__(self, other):
             exact = self.dtype == torch.float64
@@ -69,17 +77,14 @@ def test_a_probe_that_is_not_float32_turns_the_switch_back(matmul_settings, monk
 
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **options: draw(*size, **options).as_subclass(Rough))
-    assert not let_onednn_multiply() and matmul_settings.fp32_precision == "none"
-
-
-def test_float32_on_a_processor_asks_for_it(matmul_settings, monkeypatch):
-    asked = []
-    monkeypatch.setattr("training.device.let_onednn_multiply", lambda: asked.append(1))
     Precision("off", torch.device("cpu"))
-    assert len(asked) == 1
+    assert not onednn_keeps_float32() and matmul_settings.fp32_precision == "none"
+
+
+def test_bfloat16_leaves_the_switch_alone(matmul_settings, monkeypatch):
     monkeypatch.setattr("training.device.has_bfloat16", lambda device: True)
     Precision("auto", torch.device("cpu"))
-    assert len(asked) == 1
+    assert matmul_settings.fp32_precision == "none"
 
 
 @pytest.mark.parametrize(

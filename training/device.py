@@ -57,22 +57,19 @@ def has_bfloat16(device):
 
 
 @functools.cache
-def let_onednn_multiply():
-    """Let oneDNN multiply float32 matrices on this CPU where it keeps to float32; returns whether it does.
+def onednn_keeps_float32():
+    """Whether oneDNN, allowed to use bfloat16 within a product of float32 matrices, keeps to float32 on this CPU.
 
-    torch asks MKL, which takes twice as long on an AMD Zen 5. The switch permits bfloat16 within a product, and oneDNN
-    uses that where there is AMX: three products, of the layouts that a linear layer needs, tell, and it goes back.
-    Asked once a process.
+    torch has MKL multiply, which takes twice as long on an AMD Zen 5; this permission is the one way to oneDNN, which
+    makes use of it where there is AMX. Three products, of the layouts that a linear layer needs, tell.
     """
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 256, 256, generator=generator)
-    for left, right in ((a, b), (a, b.mT), (a.mT, b)):
-        if (left @ right - left.double() @ right.double()).abs().max() > 1e-3:  # float32 1e-5, bfloat16 0.1
-            settings.fp32_precision = before
-            return False
-    return True
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    pairs = ((a, b), (a, b.mT), (a.mT, b))
+    error = max((left @ right - left.double() @ right.double()).abs().max().item() for left, right in pairs)
+    settings.fp32_precision = before
+    return error < 1e-3  # float32 1e-5, bfloat16 0.1
 
 
 class Precision:
@@ -92,8 +89,8 @@ class Precision:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         if device.type == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "tf32"  # convolutions have it by default
-        if device.type == "cpu" and amp == "off":
-            let_onednn_multiply()
+        if device.type == "cpu" and amp == "off" and onednn_keeps_float32():
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self):
