@@ -30,13 +30,18 @@ from errors import run_script
 from models import build_model
 from training.arguments import complete_arguments, given_arguments
 from training.compiling import compiled_forward
-from training.device import Precision, device_name, onednn_keeps_float32, pick_device
+from training.device import Precision, device_name, keep_freed_memory, onednn_keeps_float32, pick_device
 from training.flag_types import at_least
 from training.loop import new_sums, train_one_epoch
 from training.optimizer import make_optimizer
 from training.schedules import make_schedule
 
 ALONE = "its batches alone"
+
+
+def leave_memory_alone():
+    """Have freed memory given back as glibc does by itself: the peers have neither that nor oneDNN's switch."""
+    keep_freed_memory(block=2**25, most=2**26)
 
 
 class Ours:
@@ -58,12 +63,14 @@ class Ours:
         settings = torch.backends.mkldnn.matmul
         before = settings.fp32_precision
         self.precision = Precision(args.amp, device)
-        self.matmul, settings.fp32_precision = settings.fp32_precision, before  # the peers have torch's own
+        self.matmul, settings.fp32_precision = settings.fp32_precision, before
+        leave_memory_alone()
 
     def run(self):
         sums = new_sums(self.device)
         settings = torch.backends.mkldnn.matmul
         before, settings.fp32_precision = settings.fp32_precision, self.matmul
+        keep_freed_memory()
         train_one_epoch(
             model=self.model,
             forward=self.forward,
@@ -79,6 +86,7 @@ class Ours:
             after_step=lambda done, sums: done == self.steps,
         )
         settings.fp32_precision = before
+        leave_memory_alone()
         return sums["pictures"]
 
     def run_batches(self):

@@ -1,3 +1,8 @@
+"""Devices: which there is, what it computes in and keeps, and what it calls itself."""
+
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -109,3 +114,26 @@ def test_a_card_without_kernels_is_named(monkeypatch, capability, kinds, runs):
     else:
         with pytest.raises(UserError, match=f"none for Tesla P100 .sm_{capability[0]}{capability[1]}.; --device cpu"):
             pick_device()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switch is glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Counted in page faults of buffers of 64 MiB, one after the other, in a process of their own."""
+    program = """
+import resource, torch
+from training.device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+given_back = faults()
+keep_freed_memory()
+print(given_back, [faults() for _ in range(6)][-1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 20
