@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from errors import UserError
+from training.checkpoint import save_checkpoint
 from training.device import Precision
 from training.outputs import draw_curves, epoch_line
 from training.run import Run, choose_folder, is_best, prepare_folder
@@ -88,7 +89,9 @@ def small_run(folder, **options):
     )
 
 
-def end_epoch(run, **judged):
+def end_epoch(run, *, writing_seconds=0.0, **judged):
+    """End one; the writing before it took writing_seconds."""
+    run.writing_seconds = writing_seconds
     run.sums |= {"pictures": 4, "seconds": 2.0, "lr": 0.1}
     run.end_epoch(judged, seconds=0.5)
 
@@ -121,14 +124,40 @@ def test_killed_while_an_epoch_is_written_nothing_of_it_is_missed(tmp_path, monk
     run = small_run(tmp_path)
     end_epoch(run, val=(1.0, 0.4))
 
-    def killed(run):
-        raise KeyboardInterrupt
+    def killed(path, checkpoint):
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        save_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr(Run, "save", killed)
+    monkeypatch.setattr("training.run.save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         end_epoch(run, val=(1.0, 0.6))
     assert torch.load(tmp_path / "last.pt")["epoch"] == 1 and torch.load(tmp_path / "best.pt")["epoch"] == 2
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
+def test_short_epochs_are_written_together_and_each_as_it_was(tmp_path):
+    run = small_run(tmp_path)
+    end_epoch(run, val=(1.0, 0.4))
+    for accuracy in (0.6, 0.5):
+        run.model.weight.data.fill_(accuracy)
+        end_epoch(run, val=(1.0, accuracy), writing_seconds=1000)
+    run.model.weight.data.fill_(7)
+    assert not (tmp_path / "epoch-3.pt").exists()
+    assert torch.load(tmp_path / "last.pt")["epoch"] == torch.load(tmp_path / "best.pt")["epoch"] == 1
+    run.write()
+    for name, epoch, weight in (("best", 2, 0.6), ("epoch-3", 3, 0.5), ("last", 3, 7)):
+        checkpoint = torch.load(tmp_path / f"{name}.pt")
+        assert checkpoint["epoch"] == len(checkpoint["history"]) == epoch
+        assert checkpoint["weights"]["weight"].item() == pytest.approx(weight)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4 and not run.unwritten
+
+
+def test_the_last_epoch_is_written_however_short(tmp_path):
+    run = small_run(tmp_path, epochs=2)
+    for accuracy in (0.4, 0.6):
+        end_epoch(run, val=(1.0, accuracy), writing_seconds=1000)
+    assert torch.load(tmp_path / "last.pt")["epoch"] == torch.load(tmp_path / "best.pt")["epoch"] == 2
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):

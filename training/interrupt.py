@@ -103,7 +103,7 @@ class Watch:
             self.last_refresh = now
         if now - self.last_save > 60 * self.run.args.save_minutes:
             self.refresh(sums)
-            self.run.save()
+            self.run.write()
             self.last_save = time.monotonic()
         return self.stop.wanted()
 

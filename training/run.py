@@ -1,9 +1,11 @@
 """A run: what it is made of, how far it has come, and its folder."""
 
+import copy
 import datetime
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 from errors import UserError
@@ -20,6 +22,7 @@ from training.device import peak_memory_bytes
 from training.loop import means, new_sums, validate
 from training.outputs import COLUMNS, draw_curves, epoch_line, write_log, write_predictions, write_result
 
+WRITING_SHARE = 0.04  # of the time, at most, goes into writing what epochs leave behind
 WRITTEN = ("*.pt", "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 
 
@@ -105,6 +108,8 @@ class Run:
         self.precision, self.device = precision, device
         self.epoch, self.step, self.sums, self.history = 0, 0, new_sums(device), []
         self.first_epoch = 0
+        self.unwritten = {}  # checkpoints by the names of their files
+        self.last_writing, self.writing_seconds = time.monotonic(), 0.0
 
     @property
     def judged_model(self):
@@ -117,12 +122,23 @@ class Run:
         restore_training(checkpoint, self)
         self.first_epoch = self.epoch
 
-    def save(self):
+    def write(self):
+        """Write what the epochs have left behind and where the run is now."""
+        started = time.monotonic()
+        for name, checkpoint in self.unwritten.items():
+            save_checkpoint(self.folder / name, checkpoint)
+        self.unwritten = {}
+        if self.history:
+            write_log(self.folder / "log.csv", self.history)
+            draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
+        # last: a run that is killed before goes back to the last.pt before, and misses nothing of the above
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
+        self.last_writing = time.monotonic()
+        self.writing_seconds = self.last_writing - started
 
     def stop(self, stop):
         """Save and say how to go on; raises Interrupted where a signal was the reason, else returns None."""
-        self.save()
+        self.write()
         command = f"python {self.script} --resume {self.folder}"
         print(f"stopped in epoch {self.epoch + 1} after step {self.step}; go on: {command}")
         stop.end()
@@ -137,10 +153,10 @@ class Run:
         return out
 
     def end_epoch(self, judged, *, seconds):
-        """Write and say what an epoch leaves behind: the checkpoints that it earns, log.csv and curves.png.
+        """Say what an epoch leaves behind, and write it: the checkpoints that it earns, log.csv and curves.png.
 
-        judged is {"val" or "test": (loss, accuracy)}, seconds how long that took. Raises UserError, and writes nothing,
-        where a loss is not finite.
+        Where epochs are short, some are written together, as WRITING_SHARE asks. judged is {"val" or "test": (loss,
+        accuracy)}, seconds how long that took. Raises UserError, and writes nothing, where a loss is not finite.
         """
         row = dict.fromkeys(COLUMNS) | {
             "epoch": self.epoch + 1,
@@ -163,12 +179,13 @@ class Run:
             names.append("best_on_test.pt")  # the report's choice, which is no result
         if self.epoch in self.args.save_epochs:
             names.append(f"epoch-{self.epoch}.pt")
-        checkpoint = make_checkpoint(self)
-        for name in names:
-            save_checkpoint(self.folder / name, checkpoint)
-        write_log(self.folder / "log.csv", self.history)
-        draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
-        self.save()  # last: a run that is killed before does the epoch again, and misses nothing of the above
+        waited = time.monotonic() - self.last_writing
+        due = self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited
+        if names:
+            checkpoint = make_checkpoint(self)
+            self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))
+        if due:
+            self.write()
         print(epoch_line(row, self.args.epochs))
         if self.epoch == self.first_epoch + 1 < self.args.epochs:
             left = datetime.timedelta(seconds=round(row["seconds"] * (self.args.epochs - self.epoch)))
@@ -179,6 +196,8 @@ class Run:
 
         Returns what result.json holds.
         """
+        if self.epoch < self.args.epochs:  # out of patience
+            self.write()
         folder = self.folder
         judge = {"model": self.judged_model, "batches": test, "precision": self.precision}
         _, test_accuracy, logits = validate(**judge)
