@@ -1,6 +1,5 @@
 """What is measured side by side: ways that take turns, round after round, the table of their speeds, and its file."""
 
-import io
 import json
 import os
 import statistics
@@ -76,9 +75,11 @@ def plot_speeds(path, tables, device):
         axis.set(title=title, xlim=(0, 1.2 * max(middles)))
         axis.invert_yaxis()
     axes[-1].set_xlabel(f"pictures a second, {device_name(device)}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    save_plot(path, figure)
+
+
+def save_plot(path, figure):
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def write_speeds(path, device, results):

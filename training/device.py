@@ -3,7 +3,9 @@
 import ctypes
 import functools
 import platform
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -128,6 +130,9 @@ def peak_memory_bytes(device):
     """The most memory held so far: on the GPU, or by the process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss may be that of the process that started this one
+    if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return 1024 * int(match[1])
     try:
         import resource  # not on Windows
     except ImportError:
