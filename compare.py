@@ -18,12 +18,13 @@ from comparing.curves import draw_groups
 from comparing.plans import fitting_runs, plan_pairs, read_plan
 from comparing.runs import find_group, group_runs, read_runs
 from comparing.score import draw_scores, score_table
+from comparing.speed import speed_text
 from comparing.tables import comparison_table, groups_table, markdown
 from errors import UserError, run_script
 from files import write_atomically
 from training.flag_types import Parser
 
-TABLE_START = re.compile(r"<!-- table: (\S+?)( by val)? -->\n")
+TABLE_START = re.compile(r"<!-- (table|speed): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
@@ -44,10 +45,18 @@ def compare_parser():
     )
     parser.add_argument("--score", action="store_true", help="(test accuracy - 70) / millions of parameters * 100")
     parser.add_argument(
-        "--readme", metavar="FILE", help="fill in `<!-- table: PLAN.toml [by val] -->` ... `<!-- end table -->`"
+        "--readme",
+        metavar="FILE",
+        help="fill in `<!-- table: PLAN.toml [by val] -->` or `<!-- speed: NAME -->` ... `<!-- end table -->`",
     )
     parser.add_argument("--results", default="results", help="where the results are (%(default)s)")
     return parser
+
+
+def plan_text(path, measured, *, by):
+    plan = read_plan(path, script_parser)
+    groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
+    return f"{plan.title}, `python campaign.py {path}`:\n\n{groups_table(groups, by=by, layout=markdown)}"
 
 
 def filled_tables(text, results):
@@ -56,15 +65,16 @@ def filled_tables(text, results):
     before, *parts = TABLE_START.split(text)
     if not parts:
         raise UserError("there is no line <!-- table: PLAN.toml --> in it")
-    for path, by_val, part in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        start = f"<!-- table: {path}{by_val or ''} -->"
+    for kind, name, by_val, part in zip(*(parts[column::4] for column in range(4)), strict=True):
+        start = f"<!-- {kind}: {name}{by_val or ''} -->"
         _, end, after = part.partition(TABLE_END)
         if not end:
             raise UserError(f"{start} is not followed by {TABLE_END}")
-        plan = read_plan(path, script_parser)
-        groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
-        table = groups_table(groups, by="val" if by_val else "test", layout=markdown)
-        before += f"{start}\n{plan.title}, `python campaign.py {path}`:\n\n{table}\n{end}{after}"
+        if kind == "speed":
+            table = speed_text(Path(results) / "speed" / f"{name}.json")
+        else:
+            table = plan_text(name, measured, by="val" if by_val else "test")
+        before += f"{start}\n{table}\n{end}{after}"
     return before
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.train import Ours
+from benchmarks.ours import Ours
 from benchmarks.turns import save_plot, speed_parser, take_turns, write_speeds
 from data import Dataset, Split
 from errors import run_script

@@ -5,12 +5,11 @@
 Ours is a script's own recipe, through its own batches, loop and optimiser. The peers (peers.py) have models of the same
 size, loaders without workers that transform picture by picture, and plain loops; in float32 unless it says otherwise.
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread. Beside that:
-what share of the machine's matrix product, measured in the same run, our steps come to, and what share of a step is
-data and augmentation.
+what share of the machine's matrix product, measured in the same run, our steps come to, what share of a step is data
+and augmentation, and the most memory that a process held which does nothing else.
 """
 
-import importlib
-import itertools
+import multiprocessing
 import os
 import statistics
 from functools import partial
@@ -18,86 +17,16 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms as v1
-from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
-from batches import training_batches
+from benchmarks.ours import Ours, settings_of_training
 from benchmarks.peers import ReportViT, one_hot, peer_training, plain_resnet18, timm_loader, torchvision_loader
 from benchmarks.turns import pictures_a_second, plot_speeds, print_speeds, speed_parser, take_turns, write_speeds
-from campaign import script_parser
 from data import DATASETS, load_dataset
 from errors import run_script
-from models import build_model
-from training.arguments import complete_arguments, given_arguments
-from training.compiling import compiled_forward
-from training.device import Precision, device_name, keep_freed_memory, onednn_keeps_float32, pick_device
+from training.device import Precision, device_name, peak_memory_bytes, pick_device
 from training.flag_types import at_least
-from training.loop import new_sums, train_one_epoch
-from training.optimizer import make_optimizer
-from training.schedules import make_schedule
 
 ALONE = "its batches alone"
-
-
-def leave_memory_alone():
-    """Have freed memory given back as glibc does by itself: the peers have neither that nor oneDNN's switch."""
-    keep_freed_memory(block=2**25, most=2**26)
-
-
-class Ours:
-    """A training script's own steps for the flags that it would get; `run` does `steps` of them and returns the number
-    of pictures, `run_batches` goes through as many batches and trains nothing."""
-
-    def __init__(self, script, flags, dataset, device, steps):
-        module, parser = importlib.import_module(script), script_parser(f"{script}.py")
-        given = given_arguments(parser, flags)
-        recipe, defaults = module.chosen_recipe(given)
-        self.args = args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
-        model_args = {name: getattr(args, name) for name in module.MODEL_FLAGS[args.model]}
-        self.model = build_model(args.model, num_classes=len(dataset.classes), **model_args).to(device)
-        self.device, self.steps, self.epochs = device, steps, itertools.count()
-        self.forward = compiled_forward(self.model, args, device=device, num_pictures=len(dataset.train.labels))
-        self.batches = training_batches(dataset, args, device)
-        self.optimizer = make_optimizer(args, self.model)
-        self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
-        settings = torch.backends.mkldnn.matmul
-        before = settings.fp32_precision
-        self.precision = Precision(args.amp, device)
-        self.matmul, settings.fp32_precision = settings.fp32_precision, before
-        leave_memory_alone()
-
-    def run(self):
-        sums = new_sums(self.device)
-        settings = torch.backends.mkldnn.matmul
-        before, settings.fp32_precision = settings.fp32_precision, self.matmul
-        keep_freed_memory()
-        train_one_epoch(
-            model=self.model,
-            forward=self.forward,
-            batches=self.batches,
-            loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            precision=self.precision,
-            seed=self.args.seed,
-            epoch=next(self.epochs),
-            sums=sums,
-            clip_grad=self.args.clip_grad,
-            after_step=lambda done, sums: done == self.steps,
-        )
-        settings.fp32_precision = before
-        leave_memory_alone()
-        return sums["pictures"]
-
-    def run_batches(self):
-        return sum(len(labels) for _, labels in itertools.islice(self.batches.batches(next(self.epochs)), self.steps))
-
-    def gflop_a_picture(self):
-        """Of the matrix products of a forward and backward pass."""
-        size = self.args.image_size
-        with FlopCounterMode(display=False) as counter:
-            self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()
-        return counter.get_total_flops() / 2 / 1e9
 
 
 def vit_ways(dataset, device, *, steps, batch_size):
@@ -193,39 +122,66 @@ def matmul_peak(device, dtype):
     return max(pictures_a_second(run, device, seconds=0.3) for _ in range(5))
 
 
-def main(argv=None):
+def make_ways(name, device, args):
+    """(our training steps, all ways, the pictures) of one model."""
+    make, default = BENCHMARKED[name]
+    dataset = load_dataset(args.dataset or default, data_dir=args.data_dir, image_size=32)
+    return *make(dataset, device, steps=args.steps, batch_size=args.batch_size), dataset
+
+
+def peak_of_way(name, way, args):
+    """The most bytes that were held by a process, or on its GPU, that trains a few steps one way."""
+    device = pick_device(args.device)
+    _, ways, _ = make_ways(name, device, args)
+    ways[way]()
+    return peak_memory_bytes(device)
+
+
+def peaks_of_ways(name, ways, args):
+    """{way: peak_of_way}, each in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {way: pool.apply(peak_of_way, (name, way, args)) for way in ways}
+
+
+def train_parser():
     parser = speed_parser(__doc__.splitlines()[0])
     parser.add_argument("--models", choices=BENCHMARKED, nargs="+", default=list(BENCHMARKED), help="(all)")
     parser.add_argument("--dataset", choices=DATASETS, help="(cifar100 for CCT, cifar10 for the others)")
     parser.add_argument("--data-dir", default="datasets", help="(%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), help="(the recipe's)")
     parser.add_argument("--steps", type=at_least(1), default=2, help="at a time (%(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = train_parser().parse_args(argv)
     device = pick_device(args.device)
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if onednn_keeps_float32() else before
-    peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    settings.fp32_precision = before
+    with settings_of_training():
+        Precision("off", device)
+        peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
-    speeds, work = {}, {}
+    results = {name: {} for name in ("gflop_a_picture", "share_of_peak", "data_share", "peak_bytes")}
+    speeds = {}
     for name in args.models:
-        make, default = BENCHMARKED[name]
-        dataset = load_dataset(args.dataset or default, data_dir=args.data_dir, image_size=32)
-        ours, ways = make(dataset, device, steps=args.steps, batch_size=args.batch_size)
-        work[name] = ours.gflop_a_picture()
+        ours, ways, dataset = make_ways(name, device, args)
         speeds[name] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
-        print_speeds(f"{name}, {dataset.name}", speeds[name])
         medians = {way: statistics.median(values) for way, values in speeds[name].items()}
-        for way, dtype in {"ours": str(ours.precision.dtype)[6:], "ours in float32": "float32"}.items():
-            if way in medians:
-                share = medians[way] * work[name] / peaks[dtype]
-                print(f"{way}: {work[name]:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
-        print(f"data and augmentation: {medians['ours'] / medians[ALONE]:.1%} of a step")
+        del speeds[name][ALONE]
+        print_speeds(f"{name}, {dataset.name}", speeds[name])
+        work = ours.gflop_a_picture()
+        dtypes = {"ours": str(ours.precision.dtype)[6:], "ours in float32": "float32"}
+        shares = {way: (dtypes[way], medians[way] * work / peaks[dtypes[way]]) for way in dtypes if way in medians}
+        for way, (dtype, share) in shares.items():
+            print(f"{way}: {work:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
+        data = medians["ours"] / medians[ALONE]
+        held = peaks_of_ways(name, list(speeds[name]), args)
+        print(f"data and augmentation: {data:.1%} of a step")
+        print("MiB at most: " + ", ".join(f"{way} {peak / 2**20:,.0f}" for way, peak in held.items()))
+        for table, value in zip(results.values(), (work, shares, data, held), strict=True):
+            table[name] = value
     if args.out:
-        results = {"peak_gflops": peaks, "gflop_a_picture": work, "pictures_per_second": speeds}
-        write_speeds(args.out, device, results)
+        write_speeds(args.out, device, {"peak_gflops": peaks, "pictures_per_second": speeds, **results})
         plot_speeds(Path(args.out).with_suffix(".png"), speeds, device)
 
 

@@ -1,6 +1,7 @@
 """The benchmarks: that they measure what they say, and write it down."""
 
 import json
+import statistics
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from benchmarks import augment, loading, peers, scaling, train
 from benchmarks.turns import take_turns
+from comparing.speed import speed_text
 from models import build_model
 
 QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01"]
@@ -37,11 +39,12 @@ def check_speeds(path, ways, capsys):
     """Each way is in the file, with its rounds, and in the table."""
     results = json.loads(path.read_text())
     printed = capsys.readouterr().out
-    tables = results["pictures_per_second"]
-    for table in tables.values() if isinstance(next(iter(tables.values())), dict) else [tables]:
+    for table in results["pictures_per_second"].values():
         assert len(table) == ways and all(len(rounds) == 2 and min(rounds) > 0 for rounds in table.values())
         assert all(name in printed for name in table)
-    assert results["threads"] == torch.get_num_threads() and "times as fast" in printed
+    assert results["threads"] == torch.get_num_threads() and ("times as fast" in printed) == (ways > 1)
+    lines = speed_text(path).splitlines()
+    assert lines[0].startswith(f"{results['device']}, ") and lines[2].startswith("|  | against | times as fast: ")
 
 
 def test_augmentation(tmp_path, capsys):
@@ -50,19 +53,32 @@ def test_augmentation(tmp_path, capsys):
     check_speeds(tmp_path / "speed.json", 4, capsys)
 
 
-@pytest.mark.parametrize(("model", "ways"), [("vit", 6), ("cct_6_3x1", 4), ("cct_2_3x2", 2), ("resnet18", 4)])
+@pytest.mark.parametrize(("model", "ways"), [("vit", 5), ("cct_6_3x1", 3), ("cct_2_3x2", 1), ("resnet18", 3)])
 def test_training_steps_beside_the_peers(model, ways, tmp_path, capsys, monkeypatch):
     if model in ("vit", "cct_6_3x1"):
         pytest.importorskip("timm")
         pytest.importorskip("vit_pytorch")
     monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 100.0)
+    monkeypatch.setattr(train, "peaks_of_ways", lambda name, ways, args: dict.fromkeys(ways, 2**30))
     options = ["--models", model, "--dataset", "shapes", "--batch-size", "4", "--steps", "1"]
     train.main([*QUICK, *options, "--out", str(tmp_path / "speed.json")])
     check_speeds(tmp_path / "speed.json", ways, capsys)
     assert Image.open(tmp_path / "speed.png").width > 500
-    gflop = json.loads((tmp_path / "speed.json").read_text())["gflop_a_picture"][model]
+    results = json.loads((tmp_path / "speed.json").read_text())
+    share, gflop = results["share_of_peak"][model]["ours"], results["gflop_a_picture"][model]
+    assert share[1] == pytest.approx(statistics.median(results["pictures_per_second"][model]["ours"]) * gflop / 100)
+    assert 0 < results["data_share"][model] < 1
     assert gflop == pytest.approx({"vit": 1.308, "cct_6_3x1": 6.07, "cct_2_3x2": 0.2, "resnet18": 3.33}[model], rel=0.1)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    held = []
+    for batch_size in ("8", "256"):
+        parser = train.train_parser()
+        args = parser.parse_args(["--device", "cpu", "--dataset", "shapes", "--batch-size", batch_size, "--steps", "1"])
+        held += train.peaks_of_ways("cct_2_3x2", ["ours"], args).values()
+    assert 5e7 < held[1] - held[0] < 4e9
 
 
 def test_ours_and_the_peers_are_models_of_one_size():

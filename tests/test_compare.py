@@ -244,6 +244,33 @@ def test_a_table_by_validation_accuracy(measured, plan):
     assert "| plain | cifar10 | 2 | 1,000,000 | 70.00 ± 0.00 % |" in text
 
 
+def test_ratios_of_speed_and_what_they_cost(tmp_path):
+    about = {"device": "AMD EPYC", "threads": 2, "torch": "2.15", "peak_gflops": {"float32": 400, "bfloat16": 800.4}}
+    vit = {"ours": [39, 30, 20], "ours in float32": [14, 16, 15], "timm": [10, 11, 9]}
+    shares = {"vit": {"ours": ("bfloat16", 0.491), "ours in float32": ("float32", 0.6)}}
+    cost = {"gflop_a_picture": {"vit": 1.308}, "share_of_peak": shares, "data_share": {"vit": 0.0091}}
+    held = {"vit": {way: 2**30 for way in vit}}
+    (tmp_path / "speed").mkdir()
+    file = tmp_path / "speed" / "train.json"
+    results = {**about, "pictures_per_second": {"vit": vit, "cct": {"ours": [1], "other": [4]}}}
+    for more, rows in (({}, 2), ({**cost, "peak_bytes": held}, 5)):
+        file.write_text(json.dumps({**results, **more}))
+        text = compare.filled_tables("<!-- speed: train -->\nold\n<!-- end table -->\nafter\n", tmp_path)
+        lines = text.splitlines()
+        peaks = "400 GFLOP/s in float32, 800 GFLOP/s in bfloat16"
+        assert lines[1] == f"AMD EPYC, 2 CPU threads, torch 2.15; matrix product: {peaks}:"
+        assert "|  | against | times as fast: ours | times as fast: ours in float32 |" in lines and lines[-1] == "after"
+        assert "| vit | timm | 3.0 | 1.5 |" in lines and "| cct | other | 0.2 | - |" in lines
+        assert len([line for line in lines if line.startswith(("| vit", "| cct"))]) == rows
+    assert "| vit | ours | 1.31 | 49 % in bfloat16 | 0.9 % | 1,024 |" in lines
+    assert "| vit | timm | - | - | - | 1,024 |" in lines
+    file.write_text("{}")
+    with pytest.raises(UserError, match="train.json was not written by a benchmark"):
+        compare.filled_tables("<!-- speed: train -->\n<!-- end table -->", tmp_path)
+    text = compare.filled_tables("<!-- speed: gpu -->\n<!-- end table -->", tmp_path)
+    assert text.splitlines()[1] == "not yet measured"
+
+
 # Score and plots
 
 

@@ -1,0 +1,90 @@
+"""Our own training steps, as a script would do them, to be timed beside others."""
+
+import importlib
+import itertools
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from batches import training_batches
+from campaign import script_parser
+from models import build_model
+from training.arguments import complete_arguments, given_arguments
+from training.compiling import compiled_forward
+from training.device import Precision, keep_freed_memory
+from training.loop import new_sums, train_one_epoch
+from training.optimizer import make_optimizer
+from training.schedules import make_schedule
+
+MATMULS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+
+
+@contextmanager
+def settings_of_training(precisions=None):
+    """What a Precision sets for the whole process, or here, holds inside this alone: the peers do without.
+
+    precisions are those of float32 products, one for each of MATMULS.
+    """
+    before = [matmul.fp32_precision for matmul in MATMULS]
+    try:
+        for matmul, precision in zip(MATMULS, precisions or before, strict=True):
+            matmul.fp32_precision = precision
+        keep_freed_memory()
+        yield
+    finally:
+        for matmul, precision in zip(MATMULS, before, strict=True):
+            matmul.fp32_precision = precision
+        keep_freed_memory(block=2**25, most=2**26)  # glibc's own bounds
+
+
+class Ours:
+    """A training script's own steps for the flags that it would get; `run` does `steps` of them and returns the number
+    of pictures, `run_batches` goes through as many batches and trains nothing."""
+
+    def __init__(self, script, flags, dataset, device, steps):
+        module, parser = importlib.import_module(script), script_parser(f"{script}.py")
+        given = given_arguments(parser, flags)
+        recipe, defaults = module.chosen_recipe(given)
+        self.args = args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
+        model_args = {name: getattr(args, name) for name in module.MODEL_FLAGS[args.model]}
+        self.model = build_model(args.model, num_classes=len(dataset.classes), **model_args).to(device)
+        self.device, self.steps, self.epochs = device, steps, itertools.count()
+        self.forward = compiled_forward(self.model, args, device=device, num_pictures=len(dataset.train.labels))
+        self.batches = training_batches(dataset, args, device)
+        self.optimizer = make_optimizer(args, self.model)
+        self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
+        with settings_of_training():
+            self.precision = Precision(args.amp, device)
+            self.matmuls = [matmul.fp32_precision for matmul in MATMULS]
+
+    def run(self):
+        sums = new_sums(self.device)
+        with settings_of_training(self.matmuls):
+            train_one_epoch(
+                model=self.model,
+                forward=self.forward,
+                batches=self.batches,
+                loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                precision=self.precision,
+                seed=self.args.seed,
+                epoch=next(self.epochs),
+                sums=sums,
+                clip_grad=self.args.clip_grad,
+                after_step=lambda done, sums: done == self.steps,
+            )
+        return sums["pictures"]
+
+    def run_batches(self):
+        return sum(len(labels) for _, labels in itertools.islice(self.batches.batches(next(self.epochs)), self.steps))
+
+    def gflop_a_picture(self):
+        """Of the matrix products of a forward and backward pass."""
+        size = self.args.image_size
+        with FlopCounterMode(display=False) as counter:
+            self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()
+        return counter.get_total_flops() / 2 / 1e9
