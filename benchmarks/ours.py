@@ -41,8 +41,8 @@ def settings_of_training(precisions=None):
 
 
 class Ours:
-    """A training script's own steps for the flags that it would get; `run` does `steps` of them and returns the number
-    of pictures, `run_batches` goes through as many batches and trains nothing."""
+    """A training script's own steps for the flags that it would get. Calling it does `steps` of them and returns the
+    number of pictures, inside settings(); `run_batches` goes through as many batches and trains nothing."""
 
     def __init__(self, script, flags, dataset, device, steps):
         module, parser = importlib.import_module(script), script_parser(f"{script}.py")
@@ -60,23 +60,25 @@ class Ours:
             self.precision = Precision(args.amp, device)
             self.matmuls = [matmul.fp32_precision for matmul in MATMULS]
 
-    def run(self):
+    def settings(self):
+        return settings_of_training(self.matmuls)
+
+    def __call__(self):
         sums = new_sums(self.device)
-        with settings_of_training(self.matmuls):
-            train_one_epoch(
-                model=self.model,
-                forward=self.forward,
-                batches=self.batches,
-                loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                precision=self.precision,
-                seed=self.args.seed,
-                epoch=next(self.epochs),
-                sums=sums,
-                clip_grad=self.args.clip_grad,
-                after_step=lambda done, sums: done == self.steps,
-            )
+        train_one_epoch(
+            model=self.model,
+            forward=self.forward,
+            batches=self.batches,
+            loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            precision=self.precision,
+            seed=self.args.seed,
+            epoch=next(self.epochs),
+            sums=sums,
+            clip_grad=self.args.clip_grad,
+            after_step=lambda done, sums: done == self.steps,
+        )
         return sums["pictures"]
 
     def run_batches(self):

@@ -49,13 +49,15 @@ def one_value(axis, value, device, *, count, steps, flags):
 def peak_of(value, kind, flags):
     """The most bytes that were held in training a few steps on so many pictures, in a fresh process."""
     device = torch.device(kind)
-    one_value("pictures", value, device, count=value, steps=3, flags=flags).run()
+    ours = one_value("pictures", value, device, count=value, steps=3, flags=flags)
+    with ours.settings():
+        ours()
     return peak_memory_bytes(device)
 
 
 def plot_scaling(path, tables, device):
     """A panel an axis: GFLOP a second over its values."""
-    figure = Figure(figsize=(3 * len(tables), 3), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(tables), 3), layout="constrained")
     axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         values = [int(value) for value in table]
@@ -63,8 +65,9 @@ def plot_scaling(path, tables, device):
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
         axis.minorticks_off()
-        axis.set(xlabel=name, ylim=(0, None))
+        axis.set_xlabel(name)
         axis.grid(alpha=0.3)
+    axes[0].set_ylim(0)
     axes[0].set_ylabel(f"GFLOP a second, {device_name(device)}")
     save_plot(path, figure)
 
@@ -81,8 +84,7 @@ def main(argv=None):
     for axis in args.axes:
         options = {"count": args.pictures, "steps": args.steps, "flags": flags}
         ours = {value: one_value(axis, value, device, **options) for value in AXES[axis][1]}
-        ways = {value: one.run for value, one in ours.items()}
-        speeds = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
+        speeds = take_turns(ours, device, rounds=args.rounds, seconds=args.seconds)
         tables[axis] = {}
         print(f"\n{axis:>12}{'pictures/s':>12}{'GFLOP/s':>10}")
         for value, one in ours.items():
@@ -90,7 +92,7 @@ def main(argv=None):
             row = {"pictures_per_second": speeds[value], "gflop_a_picture": work, "gflop_a_second": speed * work}
             tables[axis][value] = row
             print(f"{value:12,}{speed:12,.0f}{speed * work:10,.0f}")
-        del ours, ways
+        del ours
     if "pictures" in args.axes:
         print(f"\n{'pictures':>12}{'MiB of them':>14}{'MiB at most':>14}")
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

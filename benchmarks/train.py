@@ -12,6 +12,7 @@ and augmentation, and the most memory that a process held which does nothing els
 import multiprocessing
 import os
 import statistics
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def vit_ways(dataset, device, *, steps, batch_size):
     plain = ViT(image_size=32, dim=256, heads=8, dim_head=32, mlp_dim=512, dropout=0.2, emb_dropout=0.2, **size)
     train = partial(peer_training, device=device, steps=steps)
     return ours, {
-        "ours": ours.run,
-        "ours in float32": exact.run,
+        "ours": ours,
+        "ours in float32": exact,
         "the report's loop": train(ReportViT(), report, mix=one_hot(10), reads=2),
         "timm": train(timm, timm_loader(dataset, batch_size, hflip=0.5, **crop)),
         "vit-pytorch": train(plain, torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)),
@@ -72,7 +73,7 @@ def cct_ways(dataset, device, *, steps, batch_size):
 
     train = partial(peer_training, loader=loader, device=device, steps=steps, mix=mix)
     return ours, {
-        "ours": ours.run,
+        "ours": ours,
         "vit-pytorch, timm's data": train(peer()),
         "the same in bfloat16": train(peer(), dtype=torch.bfloat16),
         ALONE: ours.run_batches,
@@ -82,7 +83,7 @@ def cct_ways(dataset, device, *, steps, batch_size):
 def small_cct_ways(dataset, device, *, steps, batch_size):
     flags = ["--model", "cct_2_3x2", "--batch-size", str(batch_size or 128)]
     ours = Ours("train_cct", flags, dataset, device, steps)
-    return ours, {"ours": ours.run, ALONE: ours.run_batches}
+    return ours, {"ours": ours, ALONE: ours.run_batches}
 
 
 def resnet18_ways(dataset, device, *, steps, batch_size):
@@ -95,8 +96,8 @@ def resnet18_ways(dataset, device, *, steps, batch_size):
     pictures = torchvision_loader(dataset, [v1.RandomCrop(32, 4), v1.RandomHorizontalFlip(), v1.ToTensor()], batch_size)
     sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
     return ours, {
-        "ours": ours.run,
-        "ours in float32": exact.run,
+        "ours": ours,
+        "ours in float32": exact,
         "torchvision": peer_training(plain_resnet18(10), pictures, device, steps, make=sgd),
         ALONE: ours.run_batches,
     }
@@ -133,7 +134,8 @@ def peak_of_way(name, way, args):
     """The most bytes that were held by a process, or on its GPU, that trains a few steps one way."""
     device = pick_device(args.device)
     _, ways, _ = make_ways(name, device, args)
-    ways[way]()
+    with getattr(ways[way], "settings", nullcontext)():
+        ways[way]()
     return peak_memory_bytes(device)
 
 
@@ -161,8 +163,8 @@ def main(argv=None):
         peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
-    results = {name: {} for name in ("gflop_a_picture", "share_of_peak", "data_share", "peak_bytes")}
-    speeds = {}
+    results = {name: {} for name in ("gflop_a_picture", "share_of_peak", "data_share")}
+    speeds, held = {}, {}
     for name in args.models:
         ours, ways, dataset = make_ways(name, device, args)
         speeds[name] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
@@ -175,13 +177,17 @@ def main(argv=None):
         for way, (dtype, share) in shares.items():
             print(f"{way}: {work:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
         data = medians["ours"] / medians[ALONE]
-        held = peaks_of_ways(name, list(speeds[name]), args)
         print(f"data and augmentation: {data:.1%} of a step")
-        print("MiB at most: " + ", ".join(f"{way} {peak / 2**20:,.0f}" for way, peak in held.items()))
-        for table, value in zip(results.values(), (work, shares, data, held), strict=True):
+        for table, value in zip(results.values(), (work, shares, data), strict=True):
             table[name] = value
+    print()
+    for name in args.models:
+        held[name] = peaks_of_ways(name, list(speeds[name]), args)
+        print(f"{name}, MiB at most: " + ", ".join(f"{way} {peak / 2**20:,.0f}" for way, peak in held[name].items()))
     if args.out:
-        write_speeds(args.out, device, {"peak_gflops": peaks, "pictures_per_second": speeds, **results})
+        write_speeds(
+            args.out, device, {"peak_gflops": peaks, "pictures_per_second": speeds, **results, "peak_bytes": held}
+        )
         plot_speeds(Path(args.out).with_suffix(".png"), speeds, device)
 
 

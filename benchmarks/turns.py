@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import time
+from contextlib import nullcontext
 
 import torch
 from matplotlib.figure import Figure
@@ -40,11 +41,15 @@ def pictures_a_second(run, device, seconds, settle=0):
 
 
 def take_turns(ways, device, *, rounds, seconds, settle=0):
-    """{way: pictures a second in each round} of {way: run}, after a short round that does not count."""
+    """{way: pictures a second in each round} of {way: run}, after a short round that does not count.
+
+    A run that has settings() has its turns inside of that context.
+    """
     speeds = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
-            speed = pictures_a_second(run, device, seconds if number else seconds / 5, settle)
+            with getattr(run, "settings", nullcontext)():
+                speed = pictures_a_second(run, device, seconds if number else seconds / 5, settle)
             speeds[name] += [speed] if number else []
     return speeds
 

@@ -16,7 +16,7 @@ def ratio_rows(tables):
     """
     medians = {job: {way: statistics.median(rounds) for way, rounds in ways.items()} for job, ways in tables.items()}
     ours = list(dict.fromkeys(way for ways in tables.values() for way in ways if way.startswith(next(iter(ways)))))
-    rows = [["", "against", *(f"times as fast: {way}" for way in ours)]]
+    rows = [["what", "against", *(f"times as fast: {way}" for way in ours)]]
     for job, ways in medians.items():
         for peer in (way for way in ways if way not in ours):
             ratios = [f"{ways[way] / ways[peer]:.1f}" if way in ways else "-" for way in ours]
@@ -26,7 +26,7 @@ def ratio_rows(tables):
 
 def cost_rows(results):
     """What our training steps make of the machine: the share of its matrix product, and the memory beside others'."""
-    rows = [["", "", "GFLOP a picture", "of the peak", "data and augmentation", "MiB at most"]]
+    rows = [["what", "way", "GFLOP a picture", "of the peak", "data and augmentation", "MiB at most"]]
     for job, peaks in results["peak_bytes"].items():
         for way, held in peaks.items():
             dtype, share = results["share_of_peak"][job].get(way, (None, None))

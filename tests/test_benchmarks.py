@@ -44,7 +44,7 @@ def check_speeds(path, ways, capsys):
         assert all(name in printed for name in table)
     assert results["threads"] == torch.get_num_threads() and ("times as fast" in printed) == (ways > 1)
     lines = speed_text(path).splitlines()
-    assert lines[0].startswith(f"{results['device']}, ") and lines[2].startswith("|  | against | times as fast: ")
+    assert lines[0].startswith(f"{results['device']}, ") and lines[2].startswith("| what | against | times as fast: ")
 
 
 def test_augmentation(tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_scaling(tmp_path, monkeypatch):
     scaling.main([*QUICK, "--axes", "pictures", "depth", "--steps", "1", *small, "--out", str(tmp_path / "speed.json")])
     tables = json.loads((tmp_path / "speed.json").read_text())["axes"]
     work = [tables["depth"][value]["gflop_a_picture"] for value in ("1", "2")]
-    assert 1.5 < work[1] / work[0] < 2.1 and Image.open(tmp_path / "speed.png").width == 600
+    assert 1.5 < work[1] / work[0] < 2.1 and Image.open(tmp_path / "speed.png").width == 640
     rows = tables["pictures"].values()
     more = [row["peak_bytes"] for row in rows]
     assert [row["bytes"] for row in rows] == [8 * 3072, 4008 * 3072] and 6e6 < more[1] - more[0] < 60e6

@@ -259,7 +259,7 @@ def test_ratios_of_speed_and_what_they_cost(tmp_path):
         lines = text.splitlines()
         peaks = "400 GFLOP/s in float32, 800 GFLOP/s in bfloat16"
         assert lines[1] == f"AMD EPYC, 2 CPU threads, torch 2.15; matrix product: {peaks}:"
-        assert "|  | against | times as fast: ours | times as fast: ours in float32 |" in lines and lines[-1] == "after"
+        assert "| what | against | times as fast: ours | times as fast: ours in float32 |" in lines and lines[-1] == "after"
         assert "| vit | timm | 3.0 | 1.5 |" in lines and "| cct | other | 0.2 | - |" in lines
         assert len([line for line in lines if line.startswith(("| vit", "| cct"))]) == rows
     assert "| vit | ours | 1.31 | 49 % in bfloat16 | 0.9 % | 1,024 |" in lines
