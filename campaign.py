@@ -1,7 +1,8 @@
-"""Do the runs of a plan that results/ lacks, the first rows first, and print its table.
+"""Do what results/ lacks of a plan, a seed of all its rows before the next, and print its table.
 
     python campaign.py plans/cct2-cifar10.toml --minutes 50    stops cleanly; the same again goes on
     python campaign.py plans/*.toml --list                     what is there and what is open
+    python campaign.py plans/headline.toml --device cuda --minutes 8 --carry-in carried --carry-out carried
 
 A plan is a TOML file: a title, rows, how many seeds each gets, and the row that the others are held against.
 
@@ -14,32 +15,37 @@ A plan is a TOML file: a title, rows, how many seeds each gets, and the row that
     script = "train_vit.py"
     arguments = "--epochs 5"   # or a list of strings
 
-A row with init_from = "another row" starts from the weights that the other row's run of the same seed has left.
+A row with init_from = "another row" starts from the weights that the other row's run of the same seed has left; one
+with not_run = "why" is not run. [[measurements]] are benchmarks, or rollout.py with checkpoint = "plan/row". A plan may
+be made of others instead: [[parts]], each with plan, a file beside it, and seeds, how many are done before the next.
 """
 
 import argparse
 import importlib
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-from comparing.plans import by_name, fitting_runs, misfit, plan_pairs, read_plan, run_name
-from comparing.runs import read_run, read_runs
+from campaigning.carrying import carry_in, carry_out
+from campaigning.dry import dry_run
+from campaigning.forecast import Forecast, Leaving
+from campaigning.jobs import Job, do_job, measured_file, open_jobs, wanted_seeds
+from comparing.plans import fitting_runs, plan_pairs, read_parts
+from comparing.runs import read_runs
 from comparing.tables import aligned, comparison_table
 from errors import UserError, run_script
-from files import make_folder, write_atomically
+from files import make_folder
 from training.flag_types import Parser, at_least, positive
 
-# what a row may run, and who knows its flags
-SCRIPTS = {"train_vit.py": "vit_parser", "train_cct.py": "cct_parser", "train_resnet_attn.py": "resnet_parser"}
+# what a row or a measurement may run, and who knows its flags
+SCRIPTS = {
+    **{"train_vit.py": "vit_parser", "train_cct.py": "cct_parser", "train_resnet_attn.py": "resnet_parser"},
+    **{"benchmarks.train": "train_parser", "benchmarks.augment": "augment_parser", "rollout.py": "rollout_parser"},
+}
 
 
 def script_parser(script):
-    """The parser of a training script. Raises UserError for another."""
+    """The parser of a script. Raises UserError for another."""
     if script not in SCRIPTS:
         raise UserError(f"unknown script {script}; there are {', '.join(SCRIPTS)}")
     return getattr(importlib.import_module(script.removesuffix(".py")), SCRIPTS[script])()
@@ -55,122 +61,105 @@ def campaign_parser():
     parser.add_argument("--data-dir", help="where the pictures are, or are downloaded to (datasets)")
     parser.add_argument("--out-dir", default="checkpoints", help="runs are written to OUT_DIR/PLAN (%(default)s)")
     parser.add_argument("--results", default="results", help="results are kept in RESULTS/PLAN (%(default)s)")
+    parser.add_argument("--carry-out", metavar="DIR", help="at the end write what another machine goes on with")
+    parser.add_argument("--carry-in", metavar="DIR", help="go on with what --carry-out has written")
+    parser.add_argument(
+        "--dry", action="store_true", help="try each row with one epoch of a few pictures, keep nothing"
+    )
     return parser
 
 
-def wanted_seeds(row, seeds):
-    return range(seeds or row.seeds)
-
-
-def state_table(plan, found, seeds):
-    """What --list prints: the seeds of each row that are there, and those that are open."""
-    rows = [["row", "there", "open", "command"]]
+def state_table(plan, found, forecast, args):
+    """What --list prints: the seeds of each row that are there, those that are open, and how long these should take."""
+    rows = [["row", "there", "open", "minutes", "command"]]
     for row in plan.rows:
-        still = [str(seed) for seed in wanted_seeds(row, seeds) if seed not in found[row.name]]
-        there = " ".join(map(str, sorted(found[row.name])))
-        rows.append([row.name, there or "none", " ".join(still) or "none", shlex.join([row.script, *row.arguments])])
+        still = [seed for seed in wanted_seeds(row, args.seeds) if seed not in found[row.name]]
+        minutes = [forecast.minutes(Job(plan, row, seed)) for seed in still]
+        there = " ".join(map(str, sorted(found[row.name]))) or "none"
+        known = f"{sum(minutes):.1f}" if still and None not in minutes else "-"
+        command = shlex.join([row.script, *row.arguments])
+        rows.append([row.name, there, " ".join(map(str, still)) or "none", known, row.not_run or command])
+    for row in plan.measurements:
+        there, still = ("1", "none") if measured_file(Job(plan, row), args).exists() else ("none", "1")
+        rows.append(
+            [row.name, there, still, "-", shlex.join([row.script, *filter(None, [row.checkpoint]), *row.arguments])]
+        )
     return aligned(rows)
 
 
-def run_command(command):
-    """The exit code of a command. A signal that asks to stop is passed on, and raised when the command has ended.
+def expected(minutes):
+    return "time not known yet" if minutes is None else f"some {minutes:.1f} minutes"
 
-    The command has a session of its own: else Ctrl-C would reach it twice, and the second time ends it without saving.
+
+def do_jobs(jobs, found, args, again):
+    """Do jobs until the minutes are up, those that fit into them first, and leave in the list what is open then.
+
+    Results are added to found. Returns the names of the jobs that failed.
     """
-    process, received = subprocess.Popen(command, start_new_session=True), []
-
-    def pass_on(signum, frame):
-        received.append(signum)
-        if os.name == "posix":  # on Windows Ctrl-C reaches it by itself
-            process.send_signal(signal.SIGTERM)
-
-    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {stop: signal.signal(stop, pass_on) for stop in stops if signal.getsignal(stop) != signal.SIG_IGN}
-    try:
-        code = process.wait()
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    if received:
-        interrupt = KeyboardInterrupt()
-        interrupt.exit_code = 128 + received[0]
-        raise interrupt
-    return code
-
-
-def do_run(plan, row, seed, args, deadline):
-    """Train one seed of a row, or go on with it; (exit code, the run in results/, None where it is not finished).
-
-    The run that it starts from is trained before, where its checkpoint is not there.
-    """
-    out_dir = Path(args.out_dir) / plan.name
-    folder = out_dir / run_name(row.name, seed)
-    start = out_dir / run_name(row.init_from, seed) if row.init_from else None
-    if start and not (start / "result.json").exists():
-        code, run = do_run(plan, by_name(plan.rows, row.init_from), seed, args, deadline)
-        if code or not run:
-            return code, None
-    minutes = max(1e-4, (deadline - time.monotonic()) / 60) if deadline else None
-    finished = folder / "result.json"
-    stale = finished.exists() and (old := read_run(finished, out_dir)) and misfit(row, old.result)
-    command = [sys.executable, row.script]
-    ours = {"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes, "--init-from": start}
-    for flag, value in ours.items():
-        command += [flag, str(value)] if value else []
-    command += [*row.arguments, "--seed", str(seed), "--out-dir", str(out_dir), "--run-name", folder.name]
-    code = run_command([*command, *(["--overwrite"] if stale else ["--resume", "auto"])])
-    if code or not finished.exists():
-        return code, None
-    target = make_folder(Path(args.results) / plan.name) / f"{folder.name}.json"
-    write_atomically(target.with_suffix(".csv"), lambda file: file.write((folder / "log.csv").read_bytes()))
-    write_atomically(target, lambda file: file.write(finished.read_bytes()))
-    return code, read_run(target, Path(args.results))
+    forecast, total, failed = Forecast(found, args), len(jobs), []
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    queue = list(jobs)
+    while queue:
+        minutes_left = (deadline - time.monotonic()) / 60 if deadline else float("inf")
+        job = forecast.next_job(queue, minutes_left)
+        leaving = Leaving(forecast, job, queue, deadline)
+        up = minutes_left <= 0
+        if not up:
+            print(
+                f"--- run {total - len(queue) + 1} of {total}: {job.name}, {expected(forecast.minutes(job))}",
+                flush=True,
+            )
+            try:
+                code, done = do_job(job, args, deadline, leaving)
+            except KeyboardInterrupt:
+                print(f"stopped in {job.name}; go on: {again}")
+                raise
+            up = job.seed is not None and not (code or done or leaving.left)
+        if up:
+            print(f"the minutes are up, {len(queue)} of {total} runs are open; go on: {again}")
+            break
+        if code:
+            failed.append(job.name)
+            print(f"failed, exit code {code}: {job.name}", file=sys.stderr, flush=True)
+        if done:
+            jobs.remove(job)
+        if done and job.seed is not None:
+            found[job.plan.name][job.row.name][job.seed] = done
+        if not leaving.left:
+            queue.remove(job)
+    return failed
 
 
 def main(argv=None):
     """Do what is open of the plans; raises UserError at the end where a run failed, and the others are done."""
     args = campaign_parser().parse_args(argv)
-    plans = [read_plan(path, script_parser) for path in args.plans]
+    parts = [part for path in args.plans for part in read_parts(path, script_parser)]
+    plans = list({part.plan.name: part.plan for part in parts}.values())
+    if args.dry:
+        rows = [Job(plan, row, 0) for plan in plans for row in plan.rows]
+        return dry_run(rows + [Job(plan, row) for plan in plans for row in plan.measurements], args)
+    if args.carry_in:
+        carry_in(args.carry_in, args)
     measured = read_runs(make_folder(args.results))
     found = {plan.name: fitting_runs(plan, measured) for plan in plans}
     if args.list:
+        forecast = Forecast(found, args)
         for plan in plans:
-            print(f"{plan.title} ({plan.name})\n{state_table(plan, found[plan.name], args.seeds)}\n")
+            print(f"{plan.title} ({plan.name})\n{state_table(plan, found[plan.name], forecast, args)}\n")
         return
 
-    jobs = [
-        (plan, row, seed)
-        for plan in plans
-        for row in plan.rows
-        for seed in wanted_seeds(row, args.seeds)
-        if seed not in found[plan.name][row.name]
-    ]
+    jobs = open_jobs(parts, found, args)
+    total = len(jobs)
     again = shlex.join(["python", "campaign.py", *(sys.argv[1:] if argv is None else argv)])
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
-    failed = []
-    for number, (plan, row, seed) in enumerate(jobs, 1):
-        name = f"{plan.name}/{row.name}, seed {seed}"
-        code, run = 0, None
-        if deadline is None or time.monotonic() < deadline:
-            print(f"--- run {number} of {len(jobs)}: {name}", flush=True)
-            try:
-                code, run = do_run(plan, row, seed, args, deadline)
-            except KeyboardInterrupt:
-                print(f"stopped in {name}; go on: {again}")
-                raise
-        if code:
-            failed.append(name)
-            print(f"failed, exit code {code}: {name}", file=sys.stderr, flush=True)
-        elif run:
-            found[plan.name][row.name][seed] = run
-        else:
-            print(f"the minutes are up, {len(jobs) - number + 1} of {len(jobs)} runs are open; go on: {again}")
-            break
-
-    for plan in plans:
+    try:
+        failed = do_jobs(jobs, found, args, again)
+    finally:
+        if args.carry_out:
+            carry_out(args.carry_out, parts, jobs, args)
+    for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from campaign import script_parser
 from comparing.curves import draw_groups
-from comparing.plans import fitting_runs, plan_pairs, read_plan
+from comparing.plans import fitting_runs, plan_pairs, read_parts, read_plan
 from comparing.runs import find_group, group_runs, read_runs
 from comparing.score import draw_scores, score_table
 from comparing.speed import speed_text
@@ -92,8 +92,8 @@ def asked_for(names, measured, groups, results, *, paired):
     """[(title or None, pairs as comparison_table takes them)]: one a plan, and one of the other names together."""
     tables = []
     for path in (name for name in names if name.endswith(".toml")):
-        plan = read_plan(path, script_parser)
-        tables.append((f"{plan.title} ({path})", plan_pairs(plan, fitting_runs(plan, measured))))
+        for plan in {part.plan.name: part.plan for part in read_parts(path, script_parser) if part.plan.rows}.values():
+            tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
     if found := [find_group(groups, name, results) for name in names if not name.endswith(".toml")]:
         tables.append((None, [(group, found[0] if group is not found[0] else None, paired) for group in found]))
     return tables

@@ -84,10 +84,14 @@ def counted(run):
     return lambda: len(run())
 
 
-def main(argv=None):
+def augment_parser():
     parser = speed_parser(__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=at_least(1), default=512, help="(%(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = augment_parser().parse_args(argv)
     device = pick_device(args.device)
     pipelines, packages = dict(PIPELINES), ["torchvision", "kornia"]
     if find_spec("kornia") is None:

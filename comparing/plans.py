@@ -10,16 +10,21 @@ from comparing.runs import Group, warn
 from errors import UserError
 from training.arguments import given_arguments
 
-PLAN_KEYS = {"title": str, "rows": list, "baseline": str, "seeds": int}
-ROW_KEYS = {"name": str, "script": str, "arguments": (str, list), "seeds": int, "against": str, "init_from": str}
-OPTIONAL_KEYS = ("baseline", "seeds", "against", "init_from")
+PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "parts": list, "baseline": str, "seeds": int}
+ROW_KEYS = {
+    **{"name": str, "script": str, "arguments": (str, list), "seeds": int},
+    **{"against": str, "init_from": str, "not_run": str},
+}
+MEASUREMENT_KEYS = {"name": str, "script": str, "arguments": (str, list), "checkpoint": str}
+PART_KEYS = {"plan": str, "seeds": int}
+NEEDED_KEYS = ("title", "name", "script", "plan")
 CAMPAIGNS_OWN = ("seed", "out_dir", "run_name", "resume", "overwrite", "minutes", "summary")
 PLACES = ("data_dir", "cache_dir", "cache_gib", "workers")  # where and how fast: result.json leaves them out
 
 
 class PlanRow(NamedTuple):
     """A row: `given` is what its arguments say, by name; `against` is the row that it is held against, or None, and
-    `init_from` the row whose weights, of the same seed, it starts from, or None.
+    `init_from` the row whose weights, of the same seed, it starts from, or None. `not_run` says why it is not run.
     """
 
     name: str
@@ -29,12 +34,30 @@ class PlanRow(NamedTuple):
     seeds: int
     against: str | None
     init_from: str | None
+    not_run: str | None
+
+
+class Measurement(NamedTuple):
+    """What is measured without training: by a benchmark, or by rollout.py on seed 0 of `checkpoint`, PLAN/ROW."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    checkpoint: str | None
 
 
 class Plan(NamedTuple):
     name: str
     title: str
     rows: list[PlanRow]
+    measurements: list[Measurement]
+
+
+class Part(NamedTuple):
+    """A plan, and how many seeds of its rows are done where it stands, None for all."""
+
+    plan: Plan
+    seeds: int | None = None
 
 
 def check_keys(table, keys, where):
@@ -43,23 +66,32 @@ def check_keys(table, keys, where):
             raise UserError(f"{where}: unknown key {key}; there are {', '.join(keys)}")
         if not isinstance(value, keys[key]) or (key == "seeds" and value < 1):
             raise UserError(f"{where}: {key} cannot be {value!r}")
-    if missing := [key for key in keys if key not in table and key not in OPTIONAL_KEYS]:
+    if missing := [key for key in keys if key not in table and key in NEEDED_KEYS]:
         raise UserError(f"{where}: {', '.join(missing)} missing")
 
 
-def parse_row(table, plan, where, script_parser):
-    check_keys(table, ROW_KEYS, where)
-    name, arguments = table["name"], table["arguments"]
+def parse_arguments(table, keys, where):
+    """(a row's or a measurement's arguments as a list, where it stands). Raises UserError."""
+    check_keys(table, keys, where)
+    name, arguments = table["name"], table.get("arguments", "")
     where = f"{where} ({name})"
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{where}: files are named by it, so that it must be of letters, digits, . _ and -")
     try:
-        arguments = shlex.split(arguments) if isinstance(arguments, str) else list(map(str, arguments))
+        return shlex.split(arguments) if isinstance(arguments, str) else list(map(str, arguments)), where
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def parse_row(table, plan, where, script_parser):
+    arguments, where = parse_arguments(table, ROW_KEYS, where)
+    name = table["name"]
+    try:
         parser = script_parser(table["script"])
         given = given_arguments(parser, arguments)
         if "init_from" in table:
             given_arguments(parser, ["--init-from", table["init_from"]])
-    except ValueError as error:  # a UserError is one too
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if taken := [f"--{flag.replace('_', '-')}" for flag in CAMPAIGNS_OWN if flag in given]:
         raise UserError(f"{where}: {', '.join(taken)} cannot stand in a plan, campaign.py sees to that")
@@ -72,15 +104,26 @@ def parse_row(table, plan, where, script_parser):
         seeds=table.get("seeds", plan.get("seeds", 1)),
         against=None if against == name else against,
         init_from=table.get("init_from"),
+        not_run=table.get("not_run"),
     )
+
+
+def parse_measurement(table, where, script_parser):
+    arguments, where = parse_arguments(table, MEASUREMENT_KEYS, where)
+    checkpoint = table.get("checkpoint")
+    try:
+        script_parser(table["script"]).parse_args([*([checkpoint] if checkpoint else []), *arguments])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Measurement(table["name"], table["script"], arguments, checkpoint)
 
 
 def by_name(rows, name):
     return next(row for row in rows if row.name == name)
 
 
-def read_plan(path, script_parser):
-    """The Plan in a TOML file; script_parser(script) is the parser that checks a row's arguments. Raises UserError."""
+def read_toml(path):
+    """A plan as it stands in its file, with a list of tables for each of its three kinds. Raises UserError."""
     try:
         plan = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,13 +131,32 @@ def read_plan(path, script_parser):
     except ValueError as error:
         raise UserError(f"{path} is no TOML: {error}") from error
     check_keys(plan, PLAN_KEYS, path)
-    if not plan["rows"] or not all(isinstance(table, dict) for table in plan["rows"]):
-        raise UserError(f"{path}: rows are tables, [[rows]] starts each")
+    kinds = {kind: plan.get(kind, []) for kind in ("rows", "measurements", "parts")}
+    if not any(kinds.values()):
+        raise UserError(f"{path}: there is nothing in it: [[rows]], [[measurements]] or [[parts]]")
+    for kind, tables in kinds.items():
+        if not all(isinstance(table, dict) for table in tables):
+            raise UserError(f"{path}: {kind} are tables, [[{kind}]] starts each")
+    if kinds["parts"] and (kinds["rows"] or kinds["measurements"]):
+        raise UserError(f"{path}: where there are parts, the rows and measurements stand in their plans")
+    return plan | kinds
+
+
+def read_plan(path, script_parser):
+    """The Plan in a TOML file; script_parser(script) is the parser that checks a row's arguments. Raises UserError."""
+    plan = read_toml(path)
+    if plan["parts"]:
+        raise UserError(f"{path} is made of other plans: {', '.join(str(part.get('plan')) for part in plan['parts'])}")
     rows = [
         parse_row(table, plan, f"{path}, row {number}", script_parser) for number, table in enumerate(plan["rows"], 1)
     ]
+    measurements = [
+        parse_measurement(table, f"{path}, measurement {number}", script_parser)
+        for number, table in enumerate(plan["measurements"], 1)
+    ]
     names = [row.name for row in rows]
-    if twice := [name for name in names if names.count(name) > 1]:
+    everything = names + [measurement.name for measurement in measurements]
+    if twice := [name for name in everything if everything.count(name) > 1]:
         raise UserError(f"{path}: two rows are named {twice[0]}")
     for name in (plan.get("baseline"), *(row.against for row in rows), *(row.init_from for row in rows)):
         if name is not None and name not in names:
@@ -103,7 +165,23 @@ def read_plan(path, script_parser):
             )
     if loops := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).init_from]:
         raise UserError(f"{path}: {loops[0]} starts from a row that does not start from scratch")
-    return Plan(Path(path).stem, plan["title"], rows)
+    return Plan(Path(path).stem, plan["title"], rows, measurements)
+
+
+def read_parts(path, script_parser):
+    """The Parts of a file: its plan, or those that it is made of, which lie beside it. Raises UserError."""
+    tables = read_toml(path)["parts"]
+    if not tables:
+        return [Part(read_plan(path, script_parser))]
+    for number, table in enumerate(tables, 1):
+        check_keys(table, PART_KEYS, f"{path}, part {number}")
+    folder = Path(path).parent
+    parts = [Part(read_plan(folder / table["plan"], script_parser), table.get("seeds")) for table in tables]
+    rows = {f"{part.plan.name}/{row.name}" for part in parts for row in part.plan.rows}
+    for measurement in (measurement for part in parts for measurement in part.plan.measurements):
+        if measurement.checkpoint and measurement.checkpoint not in rows:
+            raise UserError(f"{path}: {measurement.checkpoint}, for {measurement.name}, is no row of a part")
+    return parts
 
 
 def run_name(row_name, seed):

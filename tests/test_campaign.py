@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 
 import campaign
-from comparing.plans import read_plan
+from comparing.plans import read_parts
 from errors import UserError
 
 # a training script of a tenth of a second: one seed fails, one waits to be stopped, the others leave a result
@@ -31,6 +31,9 @@ def fake_parser():
         parser.add_argument(flag)
     return parser
 
+def chosen_recipe(given):
+    return "report", {"epochs": 4}
+
 if __name__ == "__main__":
     args = vars(fake_parser().parse_args())
     folder = Path(args["out_dir"]) / args["run_name"]
@@ -45,11 +48,11 @@ if __name__ == "__main__":
         time.sleep(20)
     if args["minutes"] and args["minutes"] < 0.01:
         sys.exit()
-    (folder / "log.csv").write_text("epoch,val_accuracy,test_accuracy\\n1,,0.5\\n")
+    (folder / "log.csv").write_text("epoch,val_accuracy,test_accuracy,seconds\\n1,,0.5,60\\n")
     (folder / "result.json").write_text(json.dumps({
         "script": "train_fake.py", "args": args, "params": 10, "dataset_name": "fake", "data_hash": "", "epochs": 1,
         "seed": int(args["seed"]), "test_accuracy": 0.5 + args["seed"] / 100, "val_accuracy": None, "device": "none",
-        "init_from": args["init_from"] and Path(args["init_from"]).name,
+        "seconds": 60.0, "init_from": args["init_from"] and Path(args["init_from"]).name,
     }))
 """
 PLAN = """
@@ -106,13 +109,13 @@ def test_a_row_starts_from_another_rows_run_of_the_same_seed(workplace, capfd):
     assert "init_from is plain-seed-7 there and plain-seed-0 in the plan" in capfd.readouterr().err
 
 
-def test_a_plan_is_done_row_by_row_once(workplace, capfd):
+def test_a_plan_is_done_seed_by_seed_once(workplace, capfd):
     campaign.main(["p.toml", "--device", "cpu", "--data-dir", "d"])
     done = calls()
     assert [line.partition("--run-name ")[2].split()[0] for line in done] == [
         "plain-seed-0",
-        "plain-seed-1",
         "other-seed-0",
+        "plain-seed-1",
         "other-seed-1",
     ]
     assert done[3] == (
@@ -142,8 +145,8 @@ def test_list_says_what_is_there_and_runs_nothing(workplace, capfd):
     campaign.main(["p.toml", "--list"])
     assert not Path("calls.txt").exists()
     assert [line.split() for line in capfd.readouterr().out.splitlines()[2:4]] == [
-        "plain 0 1 train_fake.py --lr 0.1".split(),
-        "other 0 1 train_fake.py --lr 0.2 --recipe strong".split(),
+        "plain 0 1 - train_fake.py --lr 0.1".split(),
+        "other 0 1 - train_fake.py --lr 0.2 --recipe strong".split(),
     ]
 
 
@@ -207,9 +210,9 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
     os.killpg(process.pid, signum)  # as a terminal does
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and err == ""
-    assert "stopped in p/plain, seed 1; go on: python campaign.py p.toml" in out and len(calls()) == 2
+    assert "stopped in p/plain, seed 1; go on: python campaign.py p.toml" in out and len(calls()) == 3
     campaign.main(["p.toml"])
-    assert len(calls()) == 3 and len(names("results/p")) == 8
+    assert len(calls()) == 2 and len(names("results/p")) == 8
 
 
 def test_real_runs_are_cut_and_gone_on_with(folder_flags, tmp_path, capfd):
@@ -267,11 +270,12 @@ def test_a_plan_that_is_not_there_and_one_without_rows(workplace):
     with pytest.raises(UserError, match=r"q.toml cannot be read \(No such file or directory\)"):
         campaign.main(["q.toml"])
     Path("p.toml").write_text('title = "x"\nrows = []\n')
-    with pytest.raises(UserError, match="p.toml: rows are tables"):
+    with pytest.raises(UserError, match="p.toml: there is nothing in it"):
         campaign.main(["p.toml"])
 
 
 @pytest.mark.parametrize("path", sorted(Path("plans").glob("*.toml")), ids=str)
 def test_the_plans_can_be_read(path):
-    plan = read_plan(path, campaign.script_parser)
-    assert plan.title and len(plan.rows) > 1 and any(row.against for row in plan.rows)
+    for plan, _ in read_parts(path, campaign.script_parser):
+        assert plan.title and len(plan.rows) + len(plan.measurements) > 1
+        assert any(row.against for row in plan.rows) or not plan.rows

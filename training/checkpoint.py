@@ -125,6 +125,17 @@ def judged_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
+def weights_alone(checkpoint):
+    """What is kept of a finished run's checkpoint: all but what only going on with it would need."""
+    return checkpoint | {
+        "weights": judged_weights(checkpoint),
+        "ema": None,
+        "optimizer": {},
+        "schedule": {},
+        "scaler": {},
+    }
+
+
 def rebuild_model(checkpoint, build_model):
     """The model of a checkpoint as it was judged, in evaluation mode; build_model(name, **model_args) makes it."""
     model = build_model(checkpoint["model"], **checkpoint["model_args"])
