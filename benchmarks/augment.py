@@ -9,7 +9,6 @@ They take turns, round after round; the median is shown, and the quartiles of th
 """
 
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 import torchvision.transforms as v1
@@ -17,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from augment import normalize, padded_crop, random_flip
+from benchmarks.peers import installed
 from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
 from errors import run_script
 from policies import auto_augment
@@ -94,8 +94,7 @@ def main(argv=None):
     args = augment_parser().parse_args(argv)
     device = pick_device(args.device)
     pipelines, packages = dict(PIPELINES), ["torchvision", "kornia"]
-    if find_spec("kornia") is None:
-        print("without kornia, which is not installed (pip install -r benchmarks/requirements.txt)")
+    if not installed("kornia"):
         del pipelines["kornia, batch"]
         packages.remove("kornia")
     versions = {name: version(name) for name in packages}

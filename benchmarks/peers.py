@@ -1,6 +1,7 @@
 """What a user would take instead: models, loaders and loops of others, as their documents and examples have them."""
 
 import itertools
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from torchvision.transforms.functional import to_pil_image
+
+
+def installed(*packages):
+    """Whether all of these are there; says which are not."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        print(f"without {', '.join(missing)}, not installed here (pip install -r benchmarks/requirements.txt)")
+    return not missing
 
 
 class PilPictures(Dataset):
@@ -112,6 +121,31 @@ class ReportViT(nn.Module):
         x = self.embed(F.unfold(pictures, 4, stride=4).mT)  # (B, 64, dim)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         return self.head(self.norm(self.blocks(self.drop(x))[:, 0]))
+
+
+def timm_vit():
+    """timm's ViT of the report's size."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 256, "depth": 6, "num_heads": 8}
+    return VisionTransformer(**size, mlp_ratio=2, pos_drop_rate=0.2, proj_drop_rate=0.2)
+
+
+def vit_pytorch_vit():
+    """vit-pytorch's ViT of the report's size."""
+    from vit_pytorch import ViT
+
+    size = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 256, "depth": 6, "heads": 8, "dim_head": 32}
+    return ViT(**size, mlp_dim=512, dropout=0.2, emb_dropout=0.2)
+
+
+def vit_pytorch_cct(num_classes):
+    """vit-pytorch's CCT-6/3x1."""
+    from vit_pytorch.cct import CCT
+
+    tokenizer = {"n_conv_layers": 1, "kernel_size": 3, "stride": 1, "padding": 1}
+    layers = {"num_layers": 6, "num_heads": 4, "mlp_ratio": 2, "positional_embedding": "learnable"}
+    return CCT(img_size=32, embedding_dim=256, num_classes=num_classes, **tokenizer, **layers)
 
 
 def one_hot(num_classes):

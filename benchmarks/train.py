@@ -6,7 +6,7 @@ Ours is a script's own recipe, through its own batches, loop and optimiser. The 
 size, loaders without workers that transform picture by picture, and plain loops; in float32 unless it says otherwise.
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread. Beside that:
 what share of the machine's matrix product, measured in the same run, our steps come to, what share of a step is data
-and augmentation, and the most memory that a process held which does nothing else.
+and augmentation, and the most memory that was held (on a CPU by a process that does nothing else).
 """
 
 import multiprocessing
@@ -20,7 +20,18 @@ import torch
 import torchvision.transforms as v1
 
 from benchmarks.ours import Ours, settings_of_training
-from benchmarks.peers import ReportViT, one_hot, peer_training, plain_resnet18, timm_loader, torchvision_loader
+from benchmarks.peers import (
+    ReportViT,
+    installed,
+    one_hot,
+    peer_training,
+    plain_resnet18,
+    timm_loader,
+    timm_vit,
+    torchvision_loader,
+    vit_pytorch_cct,
+    vit_pytorch_vit,
+)
 from benchmarks.turns import pictures_a_second, plot_speeds, print_speeds, speed_parser, take_turns, write_speeds
 from data import DATASETS, load_dataset
 from errors import run_script
@@ -32,52 +43,40 @@ ALONE = "its batches alone"
 
 def vit_ways(dataset, device, *, steps, batch_size):
     """The report's ViT. Its own loop: transforms of tensors, one-hot targets, attention weights asked for."""
-    from timm.models.vision_transformer import VisionTransformer
-    from vit_pytorch import ViT
-
     batch_size = batch_size or 64
     flags = ["--batch-size", str(batch_size)]
     ours, exact = (Ours("train_vit", [*flags, *more], dataset, device, steps) for more in ((), ("--amp", "off")))
     crop = {"scale": (0.8, 1.0), "ratio": (0.9, 1.1)}
     tensors = [v1.ToTensor(), v1.RandomHorizontalFlip(), v1.RandomResizedCrop(32, **crop, antialias=True)]
     report = torchvision_loader(dataset, tensors, batch_size)
-    size = {"num_classes": 10, "patch_size": 4, "depth": 6}
-    timm = VisionTransformer(32, embed_dim=256, num_heads=8, mlp_ratio=2, pos_drop_rate=0.2, proj_drop_rate=0.2, **size)
-    plain = ViT(image_size=32, dim=256, heads=8, dim_head=32, mlp_dim=512, dropout=0.2, emb_dropout=0.2, **size)
     train = partial(peer_training, device=device, steps=steps)
-    return ours, {
+    ways = {
         "ours": ours,
         "ours in float32": exact,
         "the report's loop": train(ReportViT(), report, mix=one_hot(10), reads=2),
-        "timm": train(timm, timm_loader(dataset, batch_size, hflip=0.5, **crop)),
-        "vit-pytorch": train(plain, torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)),
-        ALONE: ours.run_batches,
     }
+    if installed("timm"):
+        ways["timm"] = train(timm_vit(), timm_loader(dataset, batch_size, hflip=0.5, **crop))
+    if installed("vit_pytorch"):
+        pictures = torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)
+        ways["vit-pytorch"] = train(vit_pytorch_vit(), pictures)
+    return ours, ways | {ALONE: ours.run_batches}
 
 
 def cct_ways(dataset, device, *, steps, batch_size):
     """CCT-6/3x1 with AutoAugment; vit-pytorch's with timm's AutoAugment and mixup."""
-    from timm.data import Mixup
-    from vit_pytorch.cct import CCT
-
     batch_size = batch_size or 128
     ours = Ours("train_cct", ["--batch-size", str(batch_size)], dataset, device, steps)
-    classes = len(dataset.classes)
-    mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
-    loader = timm_loader(dataset, batch_size, hflip=0.5, scale=(0.8, 1.0), auto_augment="original")
+    ways, classes = {"ours": ours}, len(dataset.classes)
+    if installed("timm", "vit_pytorch"):
+        from timm.data import Mixup
 
-    def peer():
-        tokenizer = {"n_conv_layers": 1, "kernel_size": 3, "stride": 1, "padding": 1}
-        layers = {"num_layers": 6, "num_heads": 4, "mlp_ratio": 2, "positional_embedding": "learnable"}
-        return CCT(img_size=32, embedding_dim=256, num_classes=classes, **tokenizer, **layers)
-
-    train = partial(peer_training, loader=loader, device=device, steps=steps, mix=mix)
-    return ours, {
-        "ours": ours,
-        "vit-pytorch, timm's data": train(peer()),
-        "the same in bfloat16": train(peer(), dtype=torch.bfloat16),
-        ALONE: ours.run_batches,
-    }
+        mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
+        loader = timm_loader(dataset, batch_size, hflip=0.5, scale=(0.8, 1.0), auto_augment="original")
+        train = partial(peer_training, loader=loader, device=device, steps=steps, mix=mix)
+        ways["vit-pytorch, timm's data"] = train(vit_pytorch_cct(classes))
+        ways["the same in bfloat16"] = train(vit_pytorch_cct(classes), dtype=torch.bfloat16)
+    return ours, ways | {ALONE: ours.run_batches}
 
 
 def small_cct_ways(dataset, device, *, steps, batch_size):
@@ -130,13 +129,19 @@ def make_ways(name, device, args):
     return *make(dataset, device, steps=args.steps, batch_size=args.batch_size), dataset
 
 
+def peak_of_run(run, device):
+    """The most bytes that were held in a few steps: on the GPU, or else by the process since it began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with getattr(run, "settings", nullcontext)():
+        run()
+    return peak_memory_bytes(device)
+
+
 def peak_of_way(name, way, args):
-    """The most bytes that were held by a process, or on its GPU, that trains a few steps one way."""
     device = pick_device(args.device)
     _, ways, _ = make_ways(name, device, args)
-    with getattr(ways[way], "settings", nullcontext)():
-        ways[way]()
-    return peak_memory_bytes(device)
+    return peak_of_run(ways[way], device)
 
 
 def peaks_of_ways(name, ways, args):
@@ -180,9 +185,11 @@ def main(argv=None):
         print(f"data and augmentation: {data:.1%} of a step")
         for table, value in zip(results.values(), (work, shares, data), strict=True):
             table[name] = value
+        if device.type == "cuda":  # with the weights of all ways in it; a process for each would compile again
+            held[name] = {way: peak_of_run(ways[way], device) for way in speeds[name]}
     print()
     for name in args.models:
-        held[name] = peaks_of_ways(name, list(speeds[name]), args)
+        held[name] = held.get(name) or peaks_of_ways(name, list(speeds[name]), args)
         print(f"{name}, MiB at most: " + ", ".join(f"{way} {peak / 2**20:,.0f}" for way, peak in held[name].items()))
     if args.out:
         write_speeds(

@@ -61,8 +61,9 @@ def start_of(job):
 
 
 def run_command(command, leave=lambda: False):
-    """(the exit code of a command, whether it was left). A signal that asks to stop is passed on, and raised when the
-    command has ended. leave() is asked every second whether to have it stopped; then the exit code is 0.
+    """The exit code of a command. A signal that asks to stop is passed on, and raised when the command has ended.
+
+    leave() is asked every second whether to have it stopped; then there is no exit code, but None.
 
     The command has a session of its own: else Ctrl-C would reach it twice, and the second time ends it without saving.
     """
@@ -91,7 +92,7 @@ def run_command(command, leave=lambda: False):
         interrupt = KeyboardInterrupt()
         interrupt.exit_code = 128 + received[0]
         raise interrupt
-    return 0 if left else process.returncode
+    return None if left else process.returncode
 
 
 def do_run(job, args, deadline, leave=lambda: False):
@@ -102,7 +103,7 @@ def do_run(job, args, deadline, leave=lambda: False):
     out_dir, folder, start = Path(args.out_dir) / job.plan.name, run_folder(job, args), start_of(job)
     if start and not (run_folder(start, args) / "result.json").exists():
         code, run = do_run(start, args, deadline, leave)
-        if code or not run:
+        if not run:
             return code, None
     minutes = max(1e-4, (deadline - time.monotonic()) / 60) if deadline else None
     finished = folder / "result.json"
@@ -114,7 +115,7 @@ def do_run(job, args, deadline, leave=lambda: False):
     command += [*job.row.arguments, "--seed", str(job.seed), "--out-dir", str(out_dir), "--run-name", folder.name]
     code = run_command([*command, *(["--overwrite"] if stale else ["--resume", "auto"])], leave)
     if code or not finished.exists():
-        return code, None
+        return code or 0, None
     target = make_folder(Path(args.results) / job.plan.name) / f"{folder.name}.json"
     write_atomically(target.with_suffix(".csv"), lambda file: file.write((folder / "log.csv").read_bytes()))
     write_atomically(target, lambda file: file.write(finished.read_bytes()))
@@ -133,8 +134,9 @@ def checkpoint_folder(job, args):
     return Path(args.out_dir) / plan / run_name(name, 0)
 
 
-def do_measurement(job, args):
-    """Measure it; (exit code, whether it is done). What needs a run that is not here is said, and stays open."""
+def do_measurement(job, args, deadline):
+    """Measure it; (exit code, whether it is done). What needs a run that is not here is said, and stays open, as does
+    what is not done at the deadline."""
     target, row = measured_file(job, args), job.row
     make_folder(target.parent)
     places = {"--device": args.device, "--data-dir": None if row.script == "benchmarks.augment" else args.data_dir}
@@ -148,12 +150,12 @@ def do_measurement(job, args):
         command, written = [sys.executable, row.script, str(folder)], folder / "maps" / "evaluation.json"
     for flag, value in places.items():
         command += [flag, str(value)] if value else []
-    code = run_command([*command, *row.arguments])
+    code = run_command([*command, *row.arguments], lambda: deadline is not None and time.monotonic() > deadline)
     if code == 0 and written != target:
         write_atomically(target, lambda file: file.write(written.read_bytes()))
-    return code, code == 0
+    return code or 0, code == 0
 
 
 def do_job(job, args, deadline, leave=lambda: False):
     """(exit code, the run in results/, True for a measurement that is done, or None or False)."""
-    return do_measurement(job, args) if job.seed is None else do_run(job, args, deadline, leave)
+    return do_measurement(job, args, deadline) if job.seed is None else do_run(job, args, deadline, leave)
