@@ -23,6 +23,7 @@ NEEDED = {
     "test_accuracy": (int, float),
     "val_accuracy": (int, float, type(None)),
     "device": str,
+    "seconds": (int, float),
 }
 # arguments that may differ within a group
 FREE_OF_GROUP = ("seed", "device", "minutes", "save_minutes", "save_epochs", "summary")

@@ -1,7 +1,12 @@
 """Groups of runs as text: aligned for the terminal, Markdown for README.md."""
 
+import statistics
+
 from comparing.runs import summarise
 from comparing.significance import compare_accuracies, verdicts
+
+
+MINUTES = "minutes a run"  # on a GPU; a CPU says nothing with its name alone
 
 
 def aligned(rows):
@@ -38,12 +43,15 @@ def group_cells(group, by):
     """The cells of a group in every table, by their heads."""
     values = list(group.accuracies(by).values())
     results = [run.result for run in group.runs]
-    cells = dict.fromkeys(("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", "device"), "-")
+    cells = dict.fromkeys(("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", MINUTES), "-")
+    cells["device"] = "-"
     if results:
         cells["dataset"] = results[0]["dataset_name"]
         cells["epochs"] = spread(result["epochs"] for result in results)
         cells["parameters"] = spread(result["params"] for result in results)
         cells["device"] = ", ".join(sorted({result["device"] for result in results}))
+        if len({result["device"] for result in results}) == 1 and results[0].get("device_type") == "cuda":
+            cells[MINUTES] = f"{statistics.fmean(result['seconds'] for result in results) / 60:.1f}"
     if values:
         mean, deviation, interval = summarise(values)
         cells[f"{by} accuracy"] = percent(mean) + (f" ± {percent(deviation)} %" if len(values) > 1 else " %")
@@ -55,8 +63,11 @@ def group_cells(group, by):
 
 
 def groups_table(groups, *, by="test", layout=aligned):
-    """One line a group: what was run, mean ± standard deviation over seeds, its 95 % interval, N."""
+    """One line a group: what was run, mean ± standard deviation over seeds, its 95 % interval, N, on a GPU its time."""
     rows = [group_cells(group, by) for group in groups]
+    if all(cells[MINUTES] == "-" for cells in rows):
+        for cells in rows:
+            del cells[MINUTES]
     return layout([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
 

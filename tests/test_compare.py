@@ -19,7 +19,7 @@ def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), *
     result = {
         **{"script": "train_vit.py", "args": args | changes.pop("args", {}), "params": 1_000_000, "data_hash": "aa"},
         **{"dataset_name": dataset, "epochs": 2, "seed": seed, "test_accuracy": accuracy, "val_accuracy": None},
-        **{"device": "AMD EPYC", **changes},
+        **{"device": "AMD EPYC", "seconds": 90, **changes},
     }
     path = root / f"{name}-seed-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,6 +234,15 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
     ]
     assert lines[10:] == ["<!-- end table -->", "", "text"]
     assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
+
+
+def test_a_gpu_has_its_minutes_beside_its_name(measured, plan):
+    about = {"device": "NVIDIA T4", "device_type": "cuda"}
+    for seed in range(3):
+        write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2}, seconds=60 * seed, **about)
+    lines = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured).splitlines()
+    assert lines[3].endswith("| N | minutes a run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
+    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |") and lines[7].endswith("| not yet measured | - | - | - | - |")
 
 
 def test_a_table_by_validation_accuracy(measured, plan):

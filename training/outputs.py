@@ -162,6 +162,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "device": device_name(run.device),
+        "device_type": run.device.type,
         "torch": torch.__version__,
         "commit": commit,
         "clean": clean,
