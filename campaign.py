@@ -63,9 +63,7 @@ def campaign_parser():
     parser.add_argument("--results", default="results", help="results are kept in RESULTS/PLAN (%(default)s)")
     parser.add_argument("--carry-out", metavar="DIR", help="at the end write what another machine goes on with")
     parser.add_argument("--carry-in", metavar="DIR", help="go on with what --carry-out has written")
-    parser.add_argument(
-        "--dry", action="store_true", help="try each row with one epoch of a few pictures, keep nothing"
-    )
+    parser.add_argument("--dry", action="store_true", help="try each row on a few pictures, keep nothing")
     return parser
 
 
@@ -81,14 +79,13 @@ def state_table(plan, found, forecast, args):
         rows.append([row.name, there, " ".join(map(str, still)) or "none", known, row.not_run or command])
     for row in plan.measurements:
         there, still = ("1", "none") if measured_file(Job(plan, row), args).exists() else ("none", "1")
-        rows.append(
-            [row.name, there, still, "-", shlex.join([row.script, *filter(None, [row.checkpoint]), *row.arguments])]
-        )
+        command = shlex.join([row.script, *filter(None, [row.checkpoint]), *row.arguments])
+        rows.append([row.name, there, still, "-", command])
     return aligned(rows)
 
 
-def expected(minutes):
-    return "time not known yet" if minutes is None else f"some {minutes:.1f} minutes"
+def announcement(job, minutes):
+    return f"{job.name}, " + ("time not known yet" if minutes is None else f"some {minutes:.1f} minutes")
 
 
 def do_jobs(jobs, found, args, again):
@@ -105,10 +102,8 @@ def do_jobs(jobs, found, args, again):
         leaving = Leaving(forecast, job, queue, deadline)
         up = minutes_left <= 0
         if not up:
-            print(
-                f"--- run {total - len(queue) + 1} of {total}: {job.name}, {expected(forecast.minutes(job))}",
-                flush=True,
-            )
+            number = total - len(queue) + 1
+            print(f"--- run {number} of {total}: {announcement(job, forecast.minutes(job))}", flush=True)
             try:
                 code, done = do_job(job, args, deadline, leaving)
             except KeyboardInterrupt:

@@ -32,10 +32,10 @@ def carried_results(parts, args):
 def carried_run(folder, *, needed):
     """{name in the folder: file or bytes} of a run: where it is finished, what it has come to, and its weights if they
     are needed or small; else all that it goes on with."""
-    names = ("last.pt", "last.prev.pt", "best.pt", "split.csv")
     if not (folder / "result.json").exists():
-        present = [name for name in names if (folder / name).exists()]
-        return {name: folder / name for name in present if name != "last.prev.pt" or "last.pt" not in present}
+        latest = next((name for name in ("last.pt", "last.prev.pt") if (folder / name).exists()), None)
+        names = (latest, "best.pt", "log.csv", "split.csv") if latest else ()
+        return {name: folder / name for name in names if (folder / name).exists()}
     files = {name: folder / name for name in ("result.json", "log.csv")}
     if (folder / "last.pt").exists():
         buffer = io.BytesIO()
@@ -77,9 +77,8 @@ def carry_out(folder, parts, jobs, args):
     print(f"carried out to {folder}: {len(members)} files in {len(pieces)} pieces")
 
 
-def carry_in(folder, args):
-    """Put what carry_out wrote to its places; files that are there already stay. Raises UserError for damaged ones."""
-    folder = Path(folder)
+def read_pieces(folder):
+    """{name inside: bytes} of what carry_out wrote. Raises UserError where pieces are missing or damaged."""
     try:
         pieces = json.loads((folder / MANIFEST).read_text())["pieces"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -94,14 +93,40 @@ def carry_in(folder, args):
                 raise UserError(f"--carry-in {folder}: {name} is damaged")
             whole.write(piece)
         whole.seek(0)
-        taken = 0
         with tarfile.open(fileobj=whole) as archive:
-            for entry in archive:
-                room, *rest = Path(entry.name).parts
-                target = Path(args.results if room == RESULTS else args.out_dir, *rest)
-                if not target.exists():
-                    content = archive.extractfile(entry).read()
-                    make_folder(target.parent)
-                    write_atomically(target, lambda file, content=content: file.write(content))
-                    taken += 1
-    print(f"carried in from {folder}: {taken} files, where they were not there yet")
+            return {entry.name: archive.extractfile(entry).read() for entry in archive}
+
+
+def is_further(carried, folder):
+    """Whether a carried run, {name: bytes}, has come further than the one in a folder."""
+    if (folder / "result.json").exists() or not (folder / "last.pt").exists():
+        return not (folder / "result.json").exists()
+    if "result.json" in carried:
+        return True
+    with tempfile.TemporaryDirectory() as place:
+        latest = Path(place, "last.pt")
+        latest.write_bytes(carried.get("last.pt") or carried["last.prev.pt"])
+        there, here = open_checkpoint(latest), open_checkpoint(folder / "last.pt")
+    return (there["epoch"], there["step"]) > (here["epoch"], here["step"])
+
+
+def carry_in(folder, args):
+    """Put what carry_out wrote to its places, but no run that has come further here, and no result that is here.
+
+    Raises UserError for what is missing or damaged, before anything is written.
+    """
+    members = read_pieces(Path(folder))
+    runs, files = {}, {}
+    for name, content in members.items():
+        room, plan, *rest = name.split("/")
+        if room == RUNS:
+            runs.setdefault(Path(args.out_dir, plan, rest[0]), {})[rest[1]] = content
+        elif not (target := Path(args.results, plan, *rest)).exists():
+            files[target] = content
+    for run, carried in runs.items():
+        if is_further(carried, run):
+            files |= {run / name: content for name, content in carried.items()}
+    for path, content in files.items():
+        make_folder(path.parent)
+        write_atomically(path, lambda file, content=content: file.write(content))
+    print(f"carried in from {folder}: {len(files)} files of {len(members)}; the others are here")

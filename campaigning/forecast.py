@@ -5,7 +5,7 @@ import importlib
 import statistics
 import time
 
-from campaigning.jobs import run_folder, start_of
+from campaigning.jobs import is_trained, run_folder, start_of
 from training.device import device_name, pick_device
 
 
@@ -31,7 +31,7 @@ class Forecast:
             return None
         start = start_of(job)
         before = 0.0
-        if start and not (run_folder(start, self.args) / "result.json").exists():
+        if start and not is_trained(run_folder(start, self.args)):
             before = self.minutes(start)
         own = self.by_own_epochs(job)
         own = self.by_finished_runs(job) if own is None else own
@@ -79,8 +79,7 @@ class Leaving:
         times = {other.name: self.forecast.minutes(other) for other in self.others}
         shorter = [name for name, minutes in times.items() if minutes is not None and minutes <= left]
         if needed > left and shorter:
-            print(
-                f"{self.job.name} needs {needed:.1f} minutes more, {left:.1f} are left: {shorter[0]} first", flush=True
-            )
+            said = f"{self.job.name} needs {needed:.1f} minutes more, {left:.1f} are left"
+            print(f"{said}: {shorter[0]} first", flush=True)
             self.left = True
         return self.left

@@ -55,6 +55,11 @@ def run_folder(job, args):
     return Path(args.out_dir) / job.plan.name / run_name(job.row.name, job.seed)
 
 
+def is_trained(folder):
+    """Whether a finished run's weights are there."""
+    return (folder / "result.json").exists() and (folder / "last.pt").exists()
+
+
 def start_of(job):
     """The Job whose run a job's starts from; None where it starts from scratch."""
     return Job(job.plan, by_name(job.plan.rows, job.row.init_from), job.seed) if job.row.init_from else None
@@ -101,7 +106,7 @@ def do_run(job, args, deadline, leave=lambda: False):
     The run that it starts from is trained before, where its checkpoint is not there.
     """
     out_dir, folder, start = Path(args.out_dir) / job.plan.name, run_folder(job, args), start_of(job)
-    if start and not (run_folder(start, args) / "result.json").exists():
+    if start and not is_trained(run_folder(start, args)):
         code, run = do_run(start, args, deadline, leave)
         if not run:
             return code, None
@@ -144,7 +149,7 @@ def do_measurement(job, args, deadline):
         command, written = [sys.executable, "-m", row.script, "--out", str(target)], target
     else:
         folder = checkpoint_folder(job, args)
-        if not (folder / "result.json").exists():
+        if not is_trained(folder):
             print(f"{job.name} waits for {folder}, which is not there or not finished")
             return 0, False
         command, written = [sys.executable, row.script, str(folder)], folder / "maps" / "evaluation.json"

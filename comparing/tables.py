@@ -5,7 +5,6 @@ import statistics
 from comparing.runs import summarise
 from comparing.significance import compare_accuracies, verdicts
 
-
 MINUTES = "minutes a run"  # on a GPU; a CPU says nothing with its name alone
 
 

@@ -167,7 +167,8 @@ def test_times_follow_from_epochs_and_from_finished_runs(parts, monkeypatch):
     assert forecast.minutes(Job(plan, other, 0)) is None
     write_log(folder / "other-seed-0", [1, 30, 30, 30])
     assert forecast.minutes(Job(plan, other, 0)) == pytest.approx(2 * 12 / 60)
-    (folder / "plain-seed-0" / "result.json").touch()
+    for name in ("result.json", "last.pt"):
+        (folder / "plain-seed-0" / name).touch()
     assert forecast.minutes(Job(plan, other, 0)) == 0
     campaign.main(["p.toml", "--seeds", "1", "--device", "cpu", "--out-dir", "elsewhere"])
     [run] = [run for run in campaign.read_runs("results") if run.name == "p/plain"]
@@ -260,9 +261,11 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     assert "last.pt" in carrying.carried_run(whole / "a-seed-0", needed=True)
     assert "last.pt" not in carrying.carried_run(whole / "a-seed-0", needed=False)
 
-    (there / "b-seed-0" / "result.json").write_text("mine")
-    run(*places("there"), "--carry-in", carried, "--list")
-    assert (there / "b-seed-0" / "result.json").read_text() == "mine"
+    for gone, further in (("result.json", True), ("last.pt", False)):  # what has come further here stays
+        (there / "b-seed-0" / gone).unlink()
+        run(*places("there"), "--carry-in", carried, "--list")
+        epoch = torch.load(there / "b-seed-0" / "last.pt", weights_only=True)["epoch"]
+        assert (epoch == 4) == further
     pieces[0].write_bytes(b"?" + pieces[0].read_bytes()[1:])
     with pytest.raises(UserError, match=rf"--carry-in .*: {pieces[0].name} is damaged"):
         run(*places("new"), "--carry-in", carried)
