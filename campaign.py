@@ -143,6 +143,8 @@ def main(argv=None):
             print(f"{plan.title} ({plan.name})\n{state_table(plan, found[plan.name], forecast, args)}\n")
         return
 
+    if args.carry_out:
+        make_folder(args.carry_out)  # or say now that it cannot be
     jobs = open_jobs(parts, found, args)
     total = len(jobs)
     again = shlex.join(["python", "campaign.py", *(sys.argv[1:] if argv is None else argv)])
