@@ -74,7 +74,7 @@ def carry_out(folder, parts, jobs, args):
             write_atomically(folder / name, lambda file, piece=piece: file.write(piece))
             pieces[name] = hashlib.sha256(piece).hexdigest()
     write_atomically(folder / MANIFEST, lambda file: file.write(json.dumps({"pieces": pieces}, indent=1).encode()))
-    print(f"carried out to {folder}: {len(members)} files in {len(pieces)} pieces")
+    print(f"carried out to {folder}: {len(members)} files as {', '.join(pieces)}")
 
 
 def read_pieces(folder):

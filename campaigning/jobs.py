@@ -152,7 +152,7 @@ def do_measurement(job, args, deadline):
         if not is_trained(folder):
             print(f"{job.name} waits for {folder}, which is not there or not finished")
             return 0, False
-        command, written = [sys.executable, row.script, str(folder)], folder / "maps" / "evaluation.json"
+        command, written = [sys.executable, row.script, str(folder), "--evaluate"], folder / "maps" / "evaluation.json"
     for flag, value in places.items():
         command += [flag, str(value)] if value else []
     code = run_command([*command, *row.arguments], lambda: deadline is not None and time.monotonic() > deadline)

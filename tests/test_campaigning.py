@@ -64,13 +64,16 @@ from training.flag_types import Parser
 def map_parser():
     parser = Parser(allow_abbrev=False)
     parser.add_argument("checkpoint")
+    parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--device")
     return parser
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) / "maps"
+    args = map_parser().parse_args()
+    folder = Path(args.checkpoint) / "maps"
     folder.mkdir(exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(sys.argv[1:]))
+    if args.evaluate:
+        (folder / "evaluation.json").write_text(json.dumps(sys.argv[1:]))
 """
 
 
@@ -100,7 +103,7 @@ def test_parts_are_done_in_order_and_what_is_done_once(parts, capfd):
     assert "run 7 of 7: m/map," in said and said.count("A title (p)") == 1 and "Other (q)" in said
     speed, drawn = (json.loads(Path("results/m", name).read_text()) for name in ("speed-cpu.json", "map.json"))
     assert speed == ["--out", "results/m/speed-cpu.json", "--device", "cpu", "--steps", "3"]
-    assert drawn == ["checkpoints/q/two-seed-0", "--device", "cpu"]
+    assert drawn == ["checkpoints/q/two-seed-0", "--evaluate", "--device", "cpu"]
     campaign.main(["all.toml", "--device", "cpu"])
     assert not Path("calls.txt").exists() and "--- run" not in capfd.readouterr().out
 
