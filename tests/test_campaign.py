@@ -216,26 +216,6 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
     assert len(calls()) == 2 and len(names("results/p")) == 8
 
 
-def test_real_runs_are_cut_and_gone_on_with(folder_flags, tmp_path, capfd):
-    """Two rows of two seeds of train_vit.py; the first is stopped after its first step."""
-    at = folder_flags.index("--out-dir")
-    flags = json.dumps([*folder_flags[:at], *folder_flags[at + 2 :], "--epochs", "1"])
-    row = '[[rows]]\nname = "{0}"\nscript = "train_vit.py"\narguments = {1}\n'
-    plan = tmp_path / "tiny.toml"
-    plan.write_text(
-        'title = "Tiny"\nseeds = 2\n' + row.format("a", flags) + row.format("b", flags[:-1] + ', "--lr", "0.1"]')
-    )
-    places = ["--out-dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    campaign.main([str(plan), *places, "--minutes", "0.0005"])
-    assert "stopped in epoch 1 after step" in capfd.readouterr().out and not names(tmp_path / "results")
-    assert "last.pt" in names(tmp_path / "runs" / "tiny" / "a-seed-0")
-    campaign.main([str(plan), *places])
-    out = capfd.readouterr().out
-    assert len(names(tmp_path / "results" / "tiny")) == 8 and "pets" in out
-    kept = json.loads((tmp_path / "results/tiny/b-seed-1.json").read_text())
-    assert kept["args"]["lr"] == 0.1 and kept["seed"] == 1
-
-
 BAD_PLANS = {
     "is no TOML": ("title = ", "titel: "),
     "unknown key epochs; there are title, rows": ("seeds = 2", "epochs = 2"),

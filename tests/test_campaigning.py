@@ -248,6 +248,7 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     carried = tmp_path / "carried"
     run(*places("here"), "--minutes", "0.0005", "--carry-out", carried)
     assert "stopped in epoch 1 after step" in capfd.readouterr().out
+    assert names(tmp_path / "here" / "results" / "tiny") == ["a-seed-0.csv", "a-seed-0.json"]
     pieces = [path for path in carried.iterdir() if path.name != "carry.json"]
     assert len(pieces) > 1 and max(path.stat().st_size for path in pieces) == 60_000
     run(*places("there"), "--carry-in", carried)
@@ -256,6 +257,8 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     there, whole = (tmp_path / name / "runs" / "tiny" for name in ("there", "whole"))
     assert same_weights(there / "b-seed-0" / "last.pt", whole / "b-seed-0" / "last.pt")
     assert names(tmp_path / "there" / "results" / "tiny") == names(tmp_path / "whole" / "results" / "tiny")
+    result = json.loads((tmp_path / "there" / "results" / "tiny" / "b-seed-0.json").read_text())
+    assert (result["args"]["lr"], result["seed"], result["epochs"], result["dataset_name"]) == (0.1, 0, 4, "pets")
     kept = torch.load(there / "a-seed-0" / "last.pt", weights_only=True)
     assert kept["optimizer"] == {} and set(names(there / "a-seed-0")) == {"last.pt", "log.csv", "result.json"}
     trained = torch.load(whole / "a-seed-0" / "last.pt", weights_only=True)["weights"]
