@@ -12,21 +12,10 @@ from campaigning.jobs import checkpoint_folder, run_folder, start_of
 from errors import UserError
 
 TINY = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
+SHORT_ROUNDS = ("--rounds", "2", "--seconds", "0.01")
 QUICK = {  # of a measurement, whose own arguments have been checked when the plan was read
-    "benchmarks.train": (
-        "--models",
-        "cct_2_3x2",
-        "--dataset",
-        "shapes",
-        "--batch-size",
-        "2",
-        "--rounds",
-        "2",
-        "--seconds",
-        "0.01",
-    ),
-    "benchmarks.augment": ("--batch-size", "4", "--rounds", "2", "--seconds", "0.01"),
-    "benchmarks.scaling": ("--axes", "depth", "--batch-size", "2", "--rounds", "2", "--seconds", "0.01"),
+    "benchmarks.train": ("--models", "cct_2_3x2", "--dataset", "shapes", "--batch-size", "2", *SHORT_ROUNDS),
+    "benchmarks.augment": ("--batch-size", "4", *SHORT_ROUNDS),
     "rollout.py": ("--evaluate", "--pictures", "2", "--method", "rollout"),
 }
 
