@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from errors import UserError
 from models.attention2d import make_attention2d
+from models.convolution import SmallMapConv2d
 from models.published import shape_of
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -174,6 +175,7 @@ class ResNet(TrunkAndHead):
         self.fc = nn.Linear(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                module.__class__ = SmallMapConv2d  # torchvision's blocks have made nn.Conv2d
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.attention = make_attention2d(
             attention,

@@ -8,11 +8,13 @@ from torch import nn
 
 from errors import UserError
 from models.attention2d import make_attention2d
+from models.convolution import SmallMapConv2d
 from models.resnet import STAGES, TrunkAndHead, node_grid, stage_grids
 
 
 def conv_bn(in_channels, out_channels, kernel_size, *, stride=1, relu=True):
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    padding = kernel_size // 2
+    conv = SmallMapConv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([nn.ReLU(inplace=True)] if relu else []))
 
 
