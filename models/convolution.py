@@ -43,8 +43,8 @@ class WeightGradientAsProduct(torch.autograd.Function):
 class SmallMapConv2d(nn.Conv2d):
     """nn.Conv2d, with its weight gradient as a product for maps of up to MOST_POSITIONS in bfloat16 on a CPU.
 
-    On two Zen 5 cores oneDNN's own took 1.1 to 3 times as long there, from 64 channels to 512 and batches of 8 to 128,
-    and less than the product at 64 positions; a step of ResNet18 with 32 pixels became 1.04 times as fast.
+    On two Zen 5 cores oneDNN's own took 1.1 to 3 times as long there, from 64 channels to 512 and batches of 8 to 128;
+    at 64 positions 0.9 to 1.2 times. A step of ResNet18 with 32 pixels became 1.04 times as fast.
     """
 
     def forward(self, x):
