@@ -56,7 +56,12 @@ def compare_parser():
 def plan_text(path, measured, *, by):
     plan = read_plan(path, script_parser)
     groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
-    return f"{plan.title}, `python campaign.py {path}`:\n\n{groups_table(groups, by=by, layout=markdown)}"
+    paragraphs = [f"{plan.title}, `python campaign.py {path}`:"]
+    if begun := [group for group in groups if group.runs]:
+        paragraphs.append(groups_table(begun, by=by, layout=markdown))
+    if missing := ", ".join(f"`{group.name}`" for group in groups if not group.runs):
+        paragraphs.append(f"Not yet measured: {missing}.")
+    return "\n\n".join(paragraphs)
 
 
 def filled_tables(text, results):

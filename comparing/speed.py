@@ -40,7 +40,7 @@ def cost_rows(results):
 def speed_text(path):
     """The tables of a file of a benchmark, below the machine that it was measured on. Raises UserError."""
     if not Path(path).exists():
-        return "not yet measured"
+        return f"`{Path(path).stem}`: not yet measured"
     try:
         results = json.loads(Path(path).read_text())
         text = f"{results['device']}, {results['threads']} CPU threads, torch {results['torch']}"

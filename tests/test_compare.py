@@ -222,7 +222,7 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
     readme.write_text(before)
     compare.main(["--readme", str(readme), "--results", str(measured)])
     lines = readme.read_text().splitlines()
-    assert lines[2:10] == [
+    assert lines[2:11] == [
         f"<!-- table: {plan} -->",
         f"A title, `python campaign.py {plan}`:",
         "",
@@ -230,9 +230,10 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| plain | cifar10 | 2 | 1,000,000 | 52.00 ± 2.00 % | 47.03 to 56.97 | 3 | AMD EPYC |",
         "| better | cifar10 | 2 | 1,000,000 | 62.00 ± 2.65 % | 55.43 to 68.57 | 3 | AMD EPYC |",
-        "| open | - | - | - | not yet measured | - | - | - |",
+        "",
+        "Not yet measured: `open`.",
     ]
-    assert lines[10:] == ["<!-- end table -->", "", "text"]
+    assert lines[11:] == ["<!-- end table -->", "", "text"]
     assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
 
 
@@ -242,7 +243,16 @@ def test_a_gpu_has_its_minutes_beside_its_name(measured, plan):
         write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2}, seconds=60 * seed, **about)
     lines = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured).splitlines()
     assert lines[3].endswith("| N | minutes a run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
-    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |") and lines[7].endswith("| not yet measured | - | - | - | - |")
+    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |")
+
+
+def test_a_plan_that_was_never_run_names_its_rows(plan, tmp_path):
+    text = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", tmp_path)
+    assert text.splitlines()[1:4] == [
+        f"A title, `python campaign.py {plan}`:",
+        "",
+        "Not yet measured: `plain`, `better`, `open`.",
+    ]
 
 
 def test_a_table_by_validation_accuracy(measured, plan):
@@ -278,7 +288,7 @@ def test_ratios_of_speed_and_what_they_cost(tmp_path):
     with pytest.raises(UserError, match="train.json was not written by a benchmark"):
         compare.filled_tables("<!-- speed: train -->\n<!-- end table -->", tmp_path)
     text = compare.filled_tables("<!-- speed: gpu -->\n<!-- end table -->", tmp_path)
-    assert text.splitlines()[1] == "not yet measured"
+    assert text.splitlines()[1] == "`gpu`: not yet measured"
 
 
 # Score and plots
