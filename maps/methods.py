@@ -125,7 +125,7 @@ def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean"
     forward pass serves all methods. Raises UserError for a model without attention, or with layers of different sizes.
     """
     wants_gradients = any(method in WITH_GRADIENTS for method in methods)
-    with torch.set_grad_enabled(wants_gradients), AttentionRecorder(model) as recorder:
+    with torch.set_grad_enabled(wants_gradients), AttentionRecorder(model, gradients=wants_gradients) as recorder:
         logits = model(pictures)
     tokens = list(dict.fromkeys(weights.shape[-1] for weights in recorder.weights))
     if len(tokens) > 1:

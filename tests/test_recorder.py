@@ -118,6 +118,71 @@ def test_masks_causality_and_scale_are_torchs():
             torch.testing.assert_close(model(inputs, options), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"average_attn_weights": False}, {"need_weights": False}])
+@pytest.mark.parametrize("batched", [True, False])
+def test_multihead_attention_is_recorded_and_still_gives_its_weights(options, batched):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x, **options)
+
+    torch.manual_seed(0)
+    model, x = Asking(), torch.randn(3, 6, 8) if batched else torch.randn(6, 8)
+    expected, weights = model(x)
+    own = model.attn(x, x, x, average_attn_weights=False)[1]
+    with AttentionRecorder(model, gradients=True) as recorder:
+        output, given = model(x)
+        output.sum().backward()
+        assert model.attn(x, x, x)[1] is not None  # not the model's pass: torch's own
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(given, weights)
+    torch.testing.assert_close(recorder.attentions[0], own if batched else own[None])
+    assert recorder.gradients[0].abs().max() > 0
+
+
+def test_one_head_without_a_dimension_of_its_own():
+    class OneHead(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(6, 6, 4, generator=torch.Generator().manual_seed(0))
+    with AttentionRecorder(OneHead()) as recorder:
+        torch.testing.assert_close(recorder.model(x), F.scaled_dot_product_attention(x, x, x))
+    torch.testing.assert_close(recorder.attentions, [(x @ x.mT / 2).softmax(-1)[:, None]])
+
+
+class Attending(nn.Module):
+    """Attention of all tokens to all, then of the first `asking` to all, last a softmax over the classes."""
+
+    def __init__(self, asking):
+        super().__init__()
+        self.asking, self.softmax = asking, nn.Softmax(1)
+
+    def forward(self, x):
+        x = F.scaled_dot_product_attention(x, x, x)
+        x = F.scaled_dot_product_attention(x[:, :, : self.asking], x, x)
+        return self.softmax(x.mean((1, 2)))
+
+
+def test_attention_with_one_query_at_the_end_pools_the_tokens():
+    """As timm's models with global_pool="map" have it."""
+    x = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    with AttentionRecorder(Attending(1)) as recorder:
+        recorder.model(x)
+    assert [a.shape for a in recorder.attentions] == [(2, 4, 16, 16)]
+    inside = F.scaled_dot_product_attention(x, x, x)
+    weights = (inside[:, :, :1] @ inside.mT / 8**0.5).softmax(-1)
+    torch.testing.assert_close(recorder.pooling, weights.mean(1)[:, 0])
+
+
+def test_attention_from_some_tokens_to_others_is_refused():
+    with pytest.raises(UserError, match="from 3 tokens to 16 others"), AttentionRecorder(Attending(3)) as recorder:
+        recorder.model(torch.randn(2, 4, 16, 8))
+
+
 def test_gradients_are_those_of_the_weights():
     """Against a finite difference: the score moves by gradient times nudge."""
     model = small_vit().double()
@@ -214,6 +279,18 @@ def test_under_autocast_and_in_training_mode_our_own_layers_are_recorded():
         model(PICTURES)[:, 0].sum().backward()
     assert len(recorder.attentions) == 3 and recorder.attentions[0].dtype == torch.float32
     assert recorder.gradients[2].abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "options"), [("cct_2_3x2", {}), ("resnet18", {"width": 8, "attention": "graph"})])
+def test_models_in_half_precision_have_maps_in_float32(name, options):
+    model = build_model(name, **options).bfloat16().eval()
+    maps, _ = attention_maps(model, PICTURES.bfloat16(), ["rollout", "relevance"])
+    assert {method: values.dtype for method, values in maps.items()} == dict.fromkeys(maps, torch.float32)
+
+
+def test_a_frozen_model_has_maps_by_gradients():
+    model = small_vit().requires_grad_(False)
+    assert attention_maps(model, PICTURES, ["relevance"])[0]["relevance"].std() > 0
 
 
 @pytest.mark.parametrize("attention", ["graph", "graph_v2", "classic", "sagan"])
