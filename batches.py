@@ -138,6 +138,7 @@ def training_batches(dataset, args, device):
     )
 
 
-def evaluation_batches(dataset, split, device):
-    """Batches of a Split in order, as they are; large ones, since no gradient is kept."""
-    return Batches(split, batch_size=256, mean=dataset.mean, std=dataset.std, device=device)
+def evaluation_batches(dataset, split, args, device):
+    """Batches of a Split in order, as they are; large ones, since no gradient is kept, but for a small --batch-size."""
+    size = min(256, 4 * args.batch_size)
+    return Batches(split, batch_size=size, mean=dataset.mean, std=dataset.std, device=device)

@@ -142,9 +142,9 @@ def main(argv=None):
     if args.patience and not dataset.val:
         raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
-    test = evaluation_batches(dataset, dataset.test, device)
+    test = evaluation_batches(dataset, dataset.test, args, device)
     # with validation pictures the test set stays shut until the end
-    watched = {"val": evaluation_batches(dataset, dataset.val, device)} if dataset.val else {"test": test}
+    watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
     forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from errors import UserError
 from files import make_folder
 from maps.pictures import checkpoint_dataset, chosen_pictures, photographs
 from models import build_model
@@ -15,9 +16,7 @@ def explaining_parser(description, methods, *, default):
     """A parser with the flags of both scripts, --method being one of methods, default or all; each adds its own."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or a checkpoint in it")
-    parser.add_argument(
-        "--which", default="last", help="which of the folder's checkpoints: last, best, epoch-10 (last)"
-    )
+    parser.add_argument("--which", help="which of the folder's checkpoints: last, best, epoch-10 (last)")
     parser.add_argument("--index", type=int, nargs="+", metavar="N", help="pictures of the test set (0 1 2 3)")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="photographs, of any size")
     parser.add_argument("--method", choices=(*methods, "all"), help=f"({default}; with --evaluate all)")
@@ -29,13 +28,21 @@ def explaining_parser(description, methods, *, default):
     drawing.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (maps/ in the run's folder)")
     drawing.add_argument("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help="(bilinear)")
     drawing.add_argument("--format", choices=("png", "pdf"), default="png", help="(png)")
-    drawing.add_argument("--dpi", type=at_least(1), default=150, help="(150)")
+    drawing.add_argument("--dpi", type=resolution, default=150, help="from 20 to 1200 (150)")
 
     measuring = parser.add_argument_group("the measure")
     measuring.add_argument("--evaluate", action="store_true", help="score the methods on test pictures, draw none")
     measuring.add_argument("--pictures", type=at_least(2), default=1000, metavar="N", help="how many of them (1000)")
     measuring.add_argument("--batch-size", type=at_least(1), default=100, help="of them at once (100)")
     return parser
+
+
+def resolution(text):
+    """A flag's type: dots an inch that a figure can be drawn with."""
+    value = int(text)
+    if not 20 <= value <= 1200:
+        raise argparse.ArgumentTypeError(f"must be from 20 to 1200, not {text}")
+    return value
 
 
 def chosen_methods(args, methods, *, default):
@@ -47,7 +54,9 @@ def chosen_methods(args, methods, *, default):
 def open_for_explaining(args):
     """(checkpoint, model, the chosen pictures, None) to draw, or (checkpoint, model, None, the dataset) to evaluate."""
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
+    if args.which and args.checkpoint.is_file():
+        raise UserError(f"--which {args.which} is for a run's folder, and {args.checkpoint} is a checkpoint")
+    checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
     model = rebuild_model(checkpoint, build_model).to(device)
     if args.image and not args.evaluate:
         return checkpoint, model, photographs(args.image, checkpoint), None

@@ -1,4 +1,4 @@
-"""Pixel attributions by Captum, one picture's worth of memory at a time.
+"""Pixel attributions by Captum, at most INTERNAL_BATCH pictures at once where a method needs many passes.
 
 Each function takes a model, normalised pictures (B, C, H, W) and classes (B,), and gives (maps, delta): maps (B, h, w),
 not negative, and the convergence delta (B,), how far the attributions are from adding up to what they explain, where
@@ -86,16 +86,17 @@ def grad_cam(model, pictures, classes):
 
 
 def token_grad_cam(model, pictures, classes):
-    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, on the model's own grid."""
+    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, the last time where it is used
+    more than once, on the model's own grid."""
     kept = []
     hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     try:
         with torch.enable_grad():
             logits = model(pictures)
-            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept)
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
     finally:
         hook.remove()
-    features = kept[0].detach()  # (B, N, dim), the class token first where there is one
+    features = kept[-1].detach()  # (B, N, dim), the class token first where there is one
     importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
     rows, columns = model.grid
     return (features * importance).sum(2).clamp(min=0)[:, -rows * columns :].unflatten(1, (rows, columns))

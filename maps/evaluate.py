@@ -54,8 +54,11 @@ def segmentation(maps, masks):
 
 
 def against_masks(maps, masks, outlines):
-    """{measure: (B,)} of maps (B, h, w) against masks and outlines (B, H, W) bool, the maps enlarged to their size."""
-    maps = comparable(to_pixels(maps, masks.shape[1:]))
+    """{measure: (B,)} of maps (B, h, w) against masks and outlines (B, H, W) bool, the maps enlarged to their size.
+
+    On the CPU, since not all devices have float64.
+    """
+    maps = comparable(to_pixels(maps.cpu(), masks.shape[1:]))
     accuracy, miou = segmentation(maps, masks)
     return {
         "pointing": pointing_game(maps, masks),
@@ -124,7 +127,7 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
             scores = {}
             if masks is not None:
                 stop = start + len(pictures)
-                scores |= against_masks(maps, masks[start:stop].to(maps.device), outlines[start:stop].to(maps.device))
+                scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
             if name != "uniform":  # it has no order
                 patches = F.adaptive_avg_pool2d(maps[:, None], model.grid)[:, 0]
                 with precision.autocast():

@@ -1,5 +1,6 @@
 """The pictures that a checkpoint is asked about: of its test set, or photographs."""
 
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,8 +46,10 @@ def chosen_pictures(dataset, indices):
 def photographs(paths, checkpoint):
     """Explained pictures of files of any size, cut as the checkpoint's test pictures are.
 
-    Raises UserError for one that cannot be read.
+    Raises UserError for one that cannot be read, and for two of one name, whose maps would be one file.
     """
+    if repeated := [name for name, count in Counter(path.stem for path in paths).items() if count > 1]:
+        raise UserError(f"--image: several files are named {repeated[0]}, and so would be their maps")
     args, image_size = checkpoint["args"], checkpoint["image_size"]
     large = is_large(args["dataset"], image_size)
     cut = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_picture

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -40,11 +41,12 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         for chunk in tqdm(indices.split(args.batch_size), "evaluating", disable=None, unit="batch"):
             yield normalised(dataset.test.pictures[chunk], checkpoint, device)
 
-    torch.manual_seed(0)  # for methods that draw at random
+    torch.manual_seed(0)  # for methods that draw at random,
+    np.random.seed(0)  # and for Captum's gradient SHAP
     explainers = explainers | baselines(model.grid)
     table, curves = evaluate(model, batches(), explainers, Precision("auto", device), masks=masks, outlines=outlines)
     record = {
-        "checkpoint": f"{args.checkpoint.name} {args.which}",
+        "checkpoint": f"{args.checkpoint.name} {args.which or 'last'}",
         "model": checkpoint["model"],
         "epoch": checkpoint["epoch"],
         "dataset_name": dataset.name,

@@ -41,7 +41,7 @@ def load_imagenet_weights(model):
     """
     try:
         weights = VIT_B_16.get_state_dict(check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: what came is another file
         raise UserError(f"--pretrained: {VIT_B_16.url} cannot be downloaded ({error})") from error
     own = model.vit.state_dict()
     model.vit.load_state_dict(weights | {name: own[name] for name in own if name.startswith("heads.")})

@@ -73,7 +73,7 @@ def load_imagenet_trunk(model):
         raise UserError(f"--pretrained: the weights are of --width 64, not {model.conv1.out_channels}")
     try:
         values = weights.get_state_dict(check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: what came is another file
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise UserError(f"--pretrained: {weights.url} cannot be downloaded ({error}): put it into {folder}") from error
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}

@@ -16,18 +16,20 @@ def summarize(model, input_shape):
 
     def record(name):
         def hook(module, inputs, output):
-            shapes[name] = tuple(output.shape)
+            shapes[name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
         return hook
 
     hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
-    training = model.training
+    training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
         # the mathematical form of attention, since a fused one's products are not counted on every device
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
     finally:
         model.train(training)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
 

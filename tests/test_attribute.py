@@ -99,6 +99,21 @@ def test_grad_cam_of_tokens_by_its_definition():
     torch.testing.assert_close(token_grad_cam(model, pictures, torch.tensor([5, 5])), expected.detach())
 
 
+def test_grad_cam_of_tokens_where_blocks_are_used_twice():
+    """Of the last use: a nudge of the features that enter it moves the logit by their gradient."""
+    torch.manual_seed(0)
+    model = build_model("cct_nano").double().eval()
+    pictures, classes, entered = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2]), []
+    attention = model.blocks[-1].attn
+    hook = attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].requires_grad_()))
+    logits = model(pictures)
+    hook.remove()
+    assert len(entered) == 2
+    logits[torch.arange(2), classes].sum().backward(inputs=[entered[1]])
+    expected = torch.relu((entered[1] * entered[1].grad.mean(1, keepdim=True)).sum(2)).unflatten(1, model.grid)
+    torch.testing.assert_close(grad_cam(model, pictures, classes)[0], expected.detach())
+
+
 def test_grad_cam_of_a_resnet():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=4).eval()
@@ -121,6 +136,9 @@ def test_pictures_are_written_for_every_class_that_is_named(run, tmp_path):
     Image.effect_noise((90, 50), 80).save(tmp_path / "photo.png")
     written = attribute.main([str(run), "--image", str(tmp_path / "photo.png"), "--method", "all"])
     assert len(written) == len(ATTRIBUTIONS) + 1
+    before = [np.load(path) for path in written[:-1]]
+    again = attribute.main([str(run), "--image", str(tmp_path / "photo.png"), "--method", "all"])
+    assert all(np.array_equal(one, np.load(path)) for one, path in zip(before, again[:-1], strict=True))
     with pytest.raises(UserError, match="--target dodo: the classes are ant, bee, cat"):
         attribute.main([str(run), "--index", "0", "--target", "dodo"])
 

@@ -1,6 +1,7 @@
 """Pictures of any shape: how they are held, and how those to judge by are cut."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,9 @@ def test_val_is_the_test_set_where_there_is_no_other_and_fractions_are_split_off
     assert not set(dataset.train.names) & set(dataset.val.names)
     for path, name in zip(dataset.train.pictures.files[:, 0], dataset.train.names, strict=True):
         assert path == str(root / name)
-    batch, labels = next(evaluation_batches(dataset, dataset.val, torch.device("cpu")).batches())
+    batch, labels = next(
+        evaluation_batches(dataset, dataset.val, SimpleNamespace(batch_size=64), torch.device("cpu")).batches()
+    )
     assert batch.shape == (4, 3, 72, 72) and torch.equal(labels, dataset.val.labels)
 
 

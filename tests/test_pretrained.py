@@ -82,8 +82,9 @@ def test_mistakes_are_one_line(flags, message, finetune_flags):
         train_vit.main([*finetune_flags, *flags])
 
 
-def test_weights_that_cannot_be_downloaded(finetune_flags, small_vit_b_16, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("invalid hash value")])
+def test_weights_that_cannot_be_downloaded(finetune_flags, small_vit_b_16, monkeypatch, error):
     small_vit_b_16.unlink()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **b: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match=r"--pretrained: https://.*vit_b_16.* cannot be downloaded \(no network\)"):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **b: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=rf"--pretrained: https://.*vit_b_16.* cannot be downloaded \({error}\)"):
         train_vit.main(finetune_flags)

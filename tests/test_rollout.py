@@ -143,12 +143,16 @@ def test_mistakes_are_named(run, tmp_path):
         ("--index", "0", "--out", str(tmp_path / "file" / "maps")): "file/maps cannot be written",
         ("--which", "best"): "there is no checkpoint",
         ("--method", "guess"): "invalid choice: 'guess'",
+        ("--image", str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "1.png")): "several files are named 1",
+        ("--dpi", "1"): "must be from 20 to 1200, not 1",
         ("--discard-ratio", "1"): "must be at least 0 and below 1",
         ("--device", "abacus"): "--device abacus",
     }.items():
         with pytest.raises(UserError) as error:
             script.main([str(run), *flags])
         assert message in str(error.value)
+    with pytest.raises(UserError, match="--which best is for a run's folder"):
+        script.main([str(run / "last.pt"), "--which", "best"])
 
 
 def test_library_names():

@@ -344,6 +344,11 @@ def test_summary_trains_nothing(tmp_path, capsys):
     assert "3,218,276" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_summary_of_torchvisions_vit_counts_its_attention(capsys):
+    assert train_vit.main(["--summary", "--model", "vit_b_16"]) is None
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["85,806,346", "17,563,067,904"]
+
+
 def test_help_names_every_flag_that_design_promises(capsys):
     with pytest.raises(SystemExit) as stopped:
         train_vit.main(["--help"])

@@ -34,7 +34,9 @@ def pick_device(name=None):
 
 
 def check_kernels(device):
-    """Raises UserError for a GPU that this build of torch has no kernels for."""
+    """Raises UserError for an NVIDIA GPU that this build of torch has no kernels for."""
+    if torch.version.hip:
+        return
     own = torch.cuda.get_device_capability(device)
     kinds = torch.cuda.get_arch_list()
     for kind in kinds:  # sm_75 runs on 7.5 and above up to 7.9, compute_90 on all from 9.0
