@@ -1,6 +1,7 @@
 """fastai's Imagenette and Imagewoof: ten classes of ImageNet each, easy ones and ten breeds of dogs."""
 
 import os
+import sys
 from pathlib import Path
 
 from torchvision.datasets.utils import download_and_extract_archive
@@ -61,3 +62,13 @@ def find_imagenette(name, data_dir, image_size):
             f"put {archive}.tgz or its folder {archive} there, or say where it is by --data-dir"
         ) from error
     return folder
+
+
+def warn_of_seen_pictures(name):
+    """Say of weights of ImageNet, on stderr, which of the pictures that are to judge them they were trained on."""
+    if name in IMAGENETTES:
+        print(
+            f"warning: --pretrained: most test pictures of {name} are training pictures of ImageNet, which the weights"
+            " have seen",
+            file=sys.stderr,
+        )

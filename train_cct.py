@@ -31,6 +31,7 @@ from training.device import Precision, device_name, pick_device
 from training.flag_types import fraction
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
+from training.memory import memory_watched
 from training.optimizer import make_average, make_optimizer
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
@@ -102,6 +103,7 @@ def chosen_recipe(given):
 
 def main(argv=None):
     """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
+    began = time.monotonic()
     # Arguments
     parser = cct_parser()
     given = given_arguments(parser, argv)
@@ -172,7 +174,7 @@ def main(argv=None):
         write_split(folder / "split.csv", dataset)
 
     # Epochs
-    with StopRequests(args.minutes) as stop:
+    with StopRequests(args.minutes, since=began) as stop:
         for epoch in range(run.epoch, args.epochs):
             if run.out_of_patience():
                 break
@@ -197,9 +199,10 @@ def main(argv=None):
                 return run.stop(stop)
             started = time.monotonic()
             judged = {}
-            for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
-                judged[split] = loss, accuracy
+            with memory_watched(run):
+                for split, batches in watched.items():
+                    loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                    judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 
     return run.finish(test)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
-from imagenette import IMAGENETTES
+from imagenette import IMAGENETTES, warn_of_seen_pictures
 from models import build_model
 from models.attention2d import ATTENTIONS2D
 from models.pretrained import imagenet_statistics
@@ -34,6 +34,7 @@ from training.device import Precision, device_name, pick_device
 from training.flag_types import at_least
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
+from training.memory import memory_watched
 from training.optimizer import make_average, make_optimizer
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
@@ -167,6 +168,7 @@ def chosen_recipe(given):
 
 def main(argv=None):
     """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
+    began = time.monotonic()
     # Arguments
     parser = resnet_parser()
     given = given_arguments(parser, argv)
@@ -183,6 +185,10 @@ def main(argv=None):
         check_model_flags(given, MODEL_FLAGS, args.model)
         if args.freeze and not args.init_from and not args.pretrained:
             raise UserError("--freeze trunk needs a trained trunk: --init-from RUN or --pretrained")
+        if args.init_from and args.pretrained:
+            raise UserError("--init-from and --pretrained exclude each other: a run starts from one trunk")
+        if args.pretrained and args.model not in RESNETS:
+            raise UserError(f"--pretrained: there are no weights for {args.model}, only for {', '.join(RESNETS)}")
     device = pick_device(args.device)
     precision = Precision(args.amp, device)
     print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
@@ -194,11 +200,10 @@ def main(argv=None):
     model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
     model = build_model(args.model, **model_args).to(device)
     print(f"{args.model}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} positions")
+    if args.init_from:
+        start = checkpoint if resuming else load_checkpoint(args.init_from, device=device)
     if not resuming and (args.init_from or args.pretrained):
-        if args.init_from:
-            left = load_trunk(model, judged_weights(load_checkpoint(args.init_from, device=device)))
-        else:
-            left = load_imagenet_trunk(model)
+        left = load_trunk(model, judged_weights(start)) if args.init_from else load_imagenet_trunk(model)
         print(f"the trunk is that of {args.init_from or 'ImageNet'}; left there: {', '.join(left) or 'nothing'}")
     if args.freeze:
         model.freeze_trunk()
@@ -209,7 +214,10 @@ def main(argv=None):
     # Data
     dataset = dataset_of(args)
     print(describe(dataset))
+    if args.init_from:  # its weights know pictures normalised so
+        dataset = dataset._replace(mean=start["mean"], std=start["std"])
     if args.pretrained:
+        warn_of_seen_pictures(args.dataset)
         mean, std = imagenet_statistics()
         dataset = dataset._replace(mean=mean, std=std)
     if args.patience and not dataset.val:
@@ -245,7 +253,7 @@ def main(argv=None):
         write_split(folder / "split.csv", dataset)
 
     # Epochs
-    with StopRequests(args.minutes) as stop:
+    with StopRequests(args.minutes, since=began) as stop:
         for epoch in range(run.epoch, args.epochs):
             if run.out_of_patience():
                 break
@@ -270,9 +278,10 @@ def main(argv=None):
                 return run.stop(stop)
             started = time.monotonic()
             judged = {}
-            for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
-                judged[split] = loss, accuracy
+            with memory_watched(run):
+                for split, batches in watched.items():
+                    loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                    judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 
     return run.finish(test)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
+from imagenette import warn_of_seen_pictures
 from models import build_model
 from models.attention import ATTENTIONS
 from models.pretrained import imagenet_statistics, load_imagenet_weights
@@ -28,6 +29,7 @@ from training.device import Precision, device_name, pick_device
 from training.flag_types import at_least, fraction
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
+from training.memory import memory_watched
 from training.optimizer import make_average, make_optimizer
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
@@ -142,6 +144,7 @@ def chosen_recipe(given):
 
 def main(argv=None):
     """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
+    began = time.monotonic()
     # Arguments
     parser = vit_parser()
     given = given_arguments(parser, argv)
@@ -179,6 +182,7 @@ def main(argv=None):
     dataset = dataset_of(args)
     print(describe(dataset))
     if args.pretrained:
+        warn_of_seen_pictures(args.dataset)
         mean, std = imagenet_statistics()
         dataset = dataset._replace(mean=mean, std=std)
     if args.patience and not dataset.val:
@@ -214,7 +218,7 @@ def main(argv=None):
         write_split(folder / "split.csv", dataset)
 
     # Epochs
-    with StopRequests(args.minutes) as stop:
+    with StopRequests(args.minutes, since=began) as stop:
         for epoch in range(run.epoch, args.epochs):
             if run.out_of_patience():
                 break
@@ -239,9 +243,10 @@ def main(argv=None):
                 return run.stop(stop)
             started = time.monotonic()
             judged = {}
-            for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
-                judged[split] = loss, accuracy
+            with memory_watched(run):
+                for split, batches in watched.items():
+                    loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                    judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 
     return run.finish(test)

@@ -33,10 +33,10 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_t4_which_emulates_bfloat16_gets_float16_with_a_scaler(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    cuda = torch.device("cuda")
-    assert not has_bfloat16(cuda)
+    cuda = torch.device("cuda:1")
+    assert has_bfloat16(torch.device("cuda")) and not has_bfloat16(cuda)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no CUDA for the scaler here
         assert Precision("auto", cuda).amp == "fp16"

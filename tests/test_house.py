@@ -51,7 +51,7 @@ ALLOWED = {
     "compare": {"campaign", "comparing", "errors", "files", "training"},
     "attribute": {"errors", "files", "maps"},
     "rollout": {"errors", "files", "maps", "training"},
-    "train_vit": {"batches", "data", "errors", "models", "policies", "seeding", "training"},
+    "train_vit": {"batches", "data", "errors", "imagenette", "models", "policies", "seeding", "training"},
     "train_resnet_attn": {"batches", "data", "errors", "imagenette", "models", "policies", "seeding", "training"},
     "train_cct": {"batches", "data", "errors", "models", "policies", "seeding", "training"},
 }

@@ -11,7 +11,7 @@ from test_large import write_large_pictures
 import imagenette
 from data import count_classes, load_dataset
 from errors import UserError
-from imagenette import MD5_SUMS, READABLE, find_imagenette
+from imagenette import MD5_SUMS, READABLE, find_imagenette, warn_of_seen_pictures
 
 
 @pytest.fixture
@@ -35,6 +35,13 @@ def archive(tmp_path, monkeypatch):
         file.add(folder, folder.name)
     monkeypatch.setitem(MD5_SUMS, "imagewoof2-160", hashlib.md5(path.read_bytes()).hexdigest())
     return path
+
+
+def test_what_weights_of_imagenet_have_seen_is_said(capsys):
+    for name in ("cifar10", "imagewoof"):
+        warn_of_seen_pictures(name)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: --pretrained: most test pictures of imagewoof are") and said.count("\n") == 1
 
 
 def test_an_archive_is_unpacked_and_its_classes_have_names(archive, no_network, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from errors import UserError
 from training import memory
 from training.interrupt import StopRequests, Watch
-from training.memory import is_memory_error, memory_error
+from training.memory import is_memory_error, memory_error, memory_watched
 
 GIB = 2**30
 
@@ -64,13 +64,23 @@ def test_a_batch_too_large_for_a_gpu_is_one_line_that_says_what_fits(run, monkey
     zeros = torch.zeros
     monkeypatch.setattr(memory.torch, "cuda", FakeGpu())
     monkeypatch.setattr(memory.torch, "zeros", lambda *size, device: zeros(*size))
+    (run.folder / "last.pt").touch()
     with pytest.raises(UserError) as caught, Watch(run, 10, StopRequests()):
         failing()
     assert str(caught.value) == (
         "--batch-size 64 does not fit into the 10.0 GiB of Fake: it took 9.0 GiB and wanted more; 16 should fit"
-        "; the checkpoint of epoch 1 stays"
+        f"; {run.folder}/last.pt is from before"
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_where_the_weights_take_all_no_batch_fits(run, monkeypatch):
+    zeros, gpu = torch.zeros, FakeGpu()
+    gpu.mem_get_info = lambda device: (300, 10 * GIB)  # bytes; the weights take 4 * 98
+    monkeypatch.setattr(memory.torch, "cuda", gpu)
+    monkeypatch.setattr(memory.torch, "zeros", lambda *size, device: zeros(*size))
+    with pytest.raises(UserError, match="it took 9.0 GiB and wanted more$"), memory_watched(run):
+        failing()
 
 
 def test_on_a_processor_there_is_no_estimate(run):
@@ -82,6 +92,8 @@ def test_on_a_processor_there_is_no_estimate(run):
 def test_other_errors_stay_what_they_are(run):
     assert not is_memory_error(RuntimeError("shapes differ")) and is_memory_error(MemoryError())
     with pytest.raises(RuntimeError, match="shapes differ"), Watch(run, 10, StopRequests()):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(run):
         raise RuntimeError("shapes differ")
 
 

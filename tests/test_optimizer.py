@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from errors import UserError
 from models import build_model
 from training.optimizer import MuonWithAdamW, make_average, make_optimizer, parameter_groups
 from training.schedules import cosine_schedule
@@ -52,6 +53,25 @@ def test_steps_are_torchs(opt, reference):
             model(torch.ones(2, 3)).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+def test_a_first_step_that_is_skipped_leaves_no_momentum_of_nothing():
+    """As a scaler of gradients has it done after an overflow: the fused step is told, and returns at once."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    model = SimpleNamespace(named_parameters=lambda: [("weight", weight)], no_weight_decay=())
+    optimizer = make_optimizer(flags(opt="sgd", decay_all=True), model)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    weight.grad = torch.full((4,), torch.inf)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(4))
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(4))
+
+
+def test_muon_without_a_matrix_of_a_block():
+    model = small_model()
+    model.blocks.requires_grad_(False)
+    with pytest.raises(UserError, match="--opt muon: no weight matrix of a block is trained here"):
+        make_optimizer(flags(opt="muon"), model)
 
 
 def test_what_is_frozen_is_in_no_group():

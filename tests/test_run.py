@@ -61,12 +61,21 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_replaced_run_leaves_only_what_no_run_wrote(tmp_path):
-    for name in ("last.pt", "epoch-3.pt", "result.json", "notes.txt"):
+    for name in ("last.pt", "epoch-3.pt", "result.json", "notes.txt", "another.pt"):
         (tmp_path / name).touch()
     prepare_folder(tmp_path, resuming=True)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
     prepare_folder(tmp_path, resuming=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another.pt", "notes.txt"]
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert choose(tmp_path, resume="auto", run_name="mine") == (folder, False)
+    (folder / "result.json").touch()
+    with pytest.raises(UserError, match="mine is finished, but has no last.pt; --overwrite"):
+        choose(tmp_path, resume="auto", run_name="mine")
 
 
 def small_run(folder, **options):

@@ -1,5 +1,7 @@
 """train_resnet_attn.py as a user runs it: a trunk, a block after it, and the flags that say how."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -51,6 +53,19 @@ def test_without_freeze_the_trunk_goes_on_learning_and_a_cut_run_goes_on(resnet_
     assert not torch.equal(weights_of(trunk)["conv1.weight"], weights_of(tmp_path / "runs" / "trained")["conv1.weight"])
 
 
+def test_pictures_are_normalised_as_the_trunk_knows_them(resnet_flags, tmp_path):
+    train_resnet_attn.main(resnet_flags)
+    trunk = tmp_path / "runs" / "resnet18"
+    checkpoint = torch.load(trunk / "last.pt", weights_only=True) | {"mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9]}
+    torch.save(checkpoint, trunk / "last.pt")
+    flags = [*resnet_flags, "--init-from", str(trunk), "--freeze", "trunk", "--run-name", "then"]
+    assert train_resnet_attn.main([*flags, "--minutes", "0.0001"]) is None
+    shutil.rmtree(trunk)
+    assert train_resnet_attn.main(["--resume", str(tmp_path / "runs" / "then"), "--device", "cpu"])
+    after = torch.load(tmp_path / "runs" / "then" / "last.pt", weights_only=True)
+    assert after["mean"] == checkpoint["mean"] and after["std"] == checkpoint["std"]
+
+
 def test_an_xresnet_by_the_recipe_of_its_time_and_no_rollout_of_its_block(resnet_flags, tmp_path):
     flags = [*resnet_flags[: resnet_flags.index("--width")], "--device", "cpu", "--recipe", "woof", "--epochs", "1"]
     flags += [
@@ -89,12 +104,18 @@ def test_strong_is_light_in_short_runs_and_has_crops_for_large_pictures():
         (["--attention", "graph", "--symmetric"], "--symmetric is for simple"),
         (["--stem-widths", "8", "8", "8"], "--stem-widths: resnet18 does not take it"),
         (["--pretrained"], "--pretrained: the weights are of --width 64, not 4"),
+        (["--pretrained", "--init-from", "nowhere"], "--init-from and --pretrained exclude each other"),
         (["--init-from", "nowhere"], "there is no checkpoint nowhere"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, resnet_flags):
     with pytest.raises(UserError, match=message):
         train_resnet_attn.main([*resnet_flags, *flags])
+
+
+def test_there_are_no_weights_of_imagenet_for_an_xresnet():
+    with pytest.raises(UserError, match="--pretrained: there are no weights for xresnet18, only for resnet18, resnet3"):
+        train_resnet_attn.main(["--dataset", "shapes", "--model", "xresnet18", "--pretrained", "--device", "cpu"])
 
 
 def test_another_trunk_is_refused_by_the_layers_that_differ(resnet_flags, tmp_path):

@@ -153,7 +153,9 @@ def make_parser(description, *, recipes, datasets, policies):
     training.add_argument("--seed", type=at_least(0), help="of weights, order, augmentation and dropout (%(default)s)")
     training.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
     training.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; off is float32 (%(default)s)"
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision; off is float32, on a GPU TF32 (%(default)s)",
     )
 
     run = parser.add_argument_group("the run's folder")

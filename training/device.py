@@ -54,7 +54,7 @@ def check_kernels(device):
 def has_bfloat16(device):
     """Whether the device multiplies bfloat16 matrices itself, rather than by emulation (as a T4, which says yes)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -95,7 +95,8 @@ def keep_freed_memory(*, block=2**30, most=2**31 - 1):
 class Precision:
     """Mixed precision on one device: `autocast()` for the forward pass, `scaler` for the backward pass.
 
-    amp is "auto" (bf16 where the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32).
+    amp is "auto" (bf16 where the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32; its
+    products on a GPU are in TF32).
     Raises UserError for bf16 on a device without it.
     """
 
@@ -107,8 +108,8 @@ class Precision:
         self.amp = amp
         self.device_type = device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.fp32_precision = "tf32"  # convolutions have it by default
+        if device.type == "cuda":  # convolutions have TF32 by default; with amp, no product of training is in float32
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if amp == "off" else "ieee"
         if device.type == "cpu":
             keep_freed_memory()
         if device.type == "cpu" and amp == "off" and onednn_keeps_float32():

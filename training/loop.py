@@ -48,8 +48,8 @@ def train_one_epoch(
     forward(pictures) gives the logits where the model itself is not to be called (see training/compiling.py).
     loss_function(logits, labels) gives the mean over the batch. average is an AveragedModel of torch's, which follows
     each update of the weights. after_step(steps done in this epoch, sums) is called after each step, and ends the epoch
-    early by returning True. Nothing here waits for the device. Returns the number
-    of steps done in this epoch.
+    early by returning True. Nothing here waits for the device, but an average and, in float16, Muon do. Returns the
+    number of steps done in this epoch.
     """
     model.train()
     scaler = precision.scaler

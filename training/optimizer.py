@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from errors import UserError
+
 
 def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
     """Two groups for an optimiser: with weight decay, and without; leave_out are parameters for another optimiser, and
@@ -28,12 +30,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Blocks are what lies in `blocks`, or in `layer1` to `layer4` of a ResNet; a convolution counts as the matrix that
     takes a patch to the channels. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both.
+    learning rate serves both. Raises UserError where nothing in a block is trained.
     """
 
     def __init__(self, model, *, lr, weight_decay, decay_all):
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         inner = [p for name, p in trained if p.ndim in (2, 4) and name.startswith(("blocks.", "layer"))]
+        if not inner:
+            raise UserError("--opt muon: no weight matrix of a block is trained here; --opt adamw goes")
         self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for p in inner}  # the same memory
         muon = torch.optim.Muon(
             self.matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -80,7 +84,11 @@ def make_optimizer(args, model):
         return MuonWithAdamW(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
     groups = parameter_groups(model, args.weight_decay, decay_all=args.decay_all)
     if args.opt == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+        # a first step that a scaler of gradients skips would leave these empty, that is with anything in them
+        for parameter in (parameter for group in groups for parameter in group["params"] if args.momentum):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.opt]
     return kind(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
 

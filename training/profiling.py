@@ -2,6 +2,7 @@
 
 import sys
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WAIT, MEASURED = 5, 10  # steps
@@ -26,6 +27,8 @@ class StepProfiler:
         profiler.export_chrome_trace(str(self.path))
         where = "device" if self.device.type == "cuda" else "cpu"
         rows = profiler.key_averages()
+        if where == "device":  # the kernels; what has called them has their time in its row, too
+            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
         times = {row.key: (getattr(row, f"self_{where}_time_total"), row.count) for row in rows}
         total = sum(time for time, _ in times.values())
         print(f"{MEASURED} steps of {total / MEASURED / 1e3:.1f} ms on the {where}; the trace is in {self.path}")

@@ -23,7 +23,8 @@ from training.loop import means, new_sums, validate
 from training.outputs import COLUMNS, draw_curves, epoch_line, write_log, write_predictions, write_result
 
 WRITING_SHARE = 0.04  # of the time, at most, goes into writing what epochs leave behind
-WRITTEN = ("*.pt", "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
+WRITTEN = (*CHECKPOINTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -43,6 +44,8 @@ def choose_folder(given, *, default_name, default_dir):
     out_dir = Path(given.get("out_dir", default_dir))
     folder = out_dir / given.get("run_name", default_name)
     if resume:
+        if not has_checkpoint(folder) and (folder / "result.json").exists():
+            raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
     if is_taken(folder) and not given.get("overwrite"):
         if "run_name" in given:
