@@ -26,7 +26,7 @@ import shlex
 import sys
 import time
 
-from campaigning.carrying import carry_in, carry_out
+from campaigning.carrying import carry_in, carry_out, carry_results
 from campaigning.dry import dry_run
 from campaigning.forecast import Forecast, Leaving
 from campaigning.jobs import Job, do_job, measured_file, open_jobs, wanted_seeds
@@ -88,30 +88,35 @@ def announcement(job, minutes):
     return f"{job.name}, " + ("time not known yet" if minutes is None else f"some {minutes:.1f} minutes")
 
 
-def do_jobs(jobs, found, args, again):
+def do_jobs(jobs, found, args, again, *, began, after_each):
     """Do jobs until the minutes are up, those that fit into them first, and leave in the list what is open then.
 
-    Results are added to found. Returns the names of the jobs that failed.
+    The minutes count from `began`. In the last fifth of them, at most two, nothing is begun that is not known to fit:
+    a first step, which may compile, cannot be cut. Results are added to found. after_each() is called after each job
+    that is done. Returns the names of the jobs that failed.
     """
     forecast, total, failed = Forecast(found, args), len(jobs), []
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    deadline = began + 60 * args.minutes if args.minutes else None
+    last_minutes = min(2, args.minutes / 5) if args.minutes else 0
     queue = list(jobs)
     while queue:
         minutes_left = (deadline - time.monotonic()) / 60 if deadline else float("inf")
         job = forecast.next_job(queue, minutes_left)
         leaving = Leaving(forecast, job, queue, deadline)
-        up = minutes_left <= 0
+        needed = forecast.minutes(job)
+        up = minutes_left <= last_minutes and (needed is None or needed > minutes_left)
         if not up:
             number = total - len(queue) + 1
-            print(f"--- run {number} of {total}: {announcement(job, forecast.minutes(job))}", flush=True)
+            print(f"--- run {number} of {total}: {announcement(job, needed)}", flush=True)
             try:
                 code, done = do_job(job, args, deadline, leaving)
             except KeyboardInterrupt:
                 print(f"stopped in {job.name}; go on: {again}")
                 raise
-            up = job.seed is not None and not (code or done or leaving.left)
+            late = deadline is not None and time.monotonic() > deadline
+            up = (job.seed is not None or late) and not (code or done or leaving.left)
         if up:
-            print(f"the minutes are up, {len(queue)} of {total} runs are open; go on: {again}")
+            print(f"the minutes are up, {len(jobs)} of {total} runs are open; go on: {again}")
             break
         if code:
             failed.append(job.name)
@@ -120,6 +125,8 @@ def do_jobs(jobs, found, args, again):
             jobs.remove(job)
         if done and job.seed is not None:
             found[job.plan.name][job.row.name][job.seed] = done
+        if done:
+            after_each()
         if not leaving.left:
             queue.remove(job)
     return failed
@@ -127,6 +134,7 @@ def do_jobs(jobs, found, args, again):
 
 def main(argv=None):
     """Do what is open of the plans; raises UserError at the end where a run failed, and the others are done."""
+    began = time.monotonic()
     args = campaign_parser().parse_args(argv)
     parts = [part for path in args.plans for part in read_parts(path, script_parser)]
     plans = list({part.plan.name: part.plan for part in parts}.values())
@@ -143,13 +151,16 @@ def main(argv=None):
             print(f"{plan.title} ({plan.name})\n{state_table(plan, found[plan.name], forecast, args)}\n")
         return
 
-    if args.carry_out:
-        make_folder(args.carry_out)  # or say now that it cannot be
+    def keep_results():
+        if args.carry_out:
+            carry_results(args.carry_out, parts, args)
+
+    keep_results()  # or say now that it cannot be
     jobs = open_jobs(parts, found, args)
     total = len(jobs)
     again = shlex.join(["python", "campaign.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        failed = do_jobs(jobs, found, args, again)
+        failed = do_jobs(jobs, found, args, again, began=began, after_each=keep_results)
     finally:
         if args.carry_out:
             carry_out(args.carry_out, parts, jobs, args)

@@ -65,6 +65,11 @@ def start_of(job):
     return Job(job.plan, by_name(job.plan.rows, job.row.init_from), job.seed) if job.row.init_from else None
 
 
+def kept_result(job, row, args):
+    """Where the result of a row is kept, for a job's seed."""
+    return Path(args.results) / job.plan.name / f"{run_name(row.name, job.seed)}.json"
+
+
 def run_command(command, leave=lambda: False):
     """The exit code of a command. A signal that asks to stop is passed on, and raised when the command has ended.
 
@@ -103,25 +108,33 @@ def run_command(command, leave=lambda: False):
 def do_run(job, args, deadline, leave=lambda: False):
     """Train one seed of a row, or go on with it; (exit code, the run in results/, None where it is not finished).
 
-    The run that it starts from is trained before, where its checkpoint is not there.
+    The run that it starts from is trained before, where its checkpoint is not there; but not where results of other
+    rows have started from it: they would be compared as if from one trunk. That is said, with exit code 2.
     """
     out_dir, folder, start = Path(args.out_dir) / job.plan.name, run_folder(job, args), start_of(job)
     if start and not is_trained(run_folder(start, args)):
+        others = [row for row in job.plan.rows if row.init_from == start.row.name and row != job.row]
+        if others := [path for row in others if (path := kept_result(job, row, args)).exists()]:
+            where = f"weights that are not in {run_folder(start, args)}"
+            print(f"{others[0]} started from {where}: {job.name}, cannot start from others", file=sys.stderr)
+            return 2, None
         code, run = do_run(start, args, deadline, leave)
         if not run:
             return code, None
     minutes = max(1e-4, (deadline - time.monotonic()) / 60) if deadline else None
     finished = folder / "result.json"
+    gone = finished.exists() and not (folder / "last.pt").exists()
     stale = finished.exists() and (old := read_run(finished, out_dir)) and misfit(job.row, old.result)
     command = [sys.executable, job.row.script]
     ours = {"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes}
     for flag, value in (ours | {"--init-from": start and run_folder(start, args)}).items():
         command += [flag, str(value)] if value else []
     command += [*job.row.arguments, "--seed", str(job.seed), "--out-dir", str(out_dir), "--run-name", folder.name]
-    code = run_command([*command, *(["--overwrite"] if stale else ["--resume", "auto"])], leave)
+    code = run_command([*command, *(["--overwrite"] if stale or gone else ["--resume", "auto"])], leave)
     if code or not finished.exists():
         return code or 0, None
-    target = make_folder(Path(args.results) / job.plan.name) / f"{folder.name}.json"
+    target = kept_result(job, job.row, args)
+    make_folder(target.parent)
     write_atomically(target.with_suffix(".csv"), lambda file: file.write((folder / "log.csv").read_bytes()))
     write_atomically(target, lambda file: file.write(finished.read_bytes()))
     return code, read_run(target, Path(args.results))

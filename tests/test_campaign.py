@@ -110,6 +110,23 @@ def test_a_row_starts_from_another_rows_run_of_the_same_seed(workplace, capfd):
     assert "init_from is plain-seed-7 there and plain-seed-0 in the plan" in capfd.readouterr().err
 
 
+def test_a_row_does_not_start_from_other_weights_than_those_beside_it(workplace, capfd):
+    """Nor is a result replaced by that of a run that was only to leave its weights."""
+    more = PLAN.split("[[rows]]")[2].replace("other", "third").replace("0.2", "0.3") + 'init_from = "plain"\n'
+    Path("p.toml").write_text(PLAN + f'init_from = "plain"\n[[rows]]{more}')
+    campaign.main(["p.toml", "--seeds", "1"])
+    Path("checkpoints/p/plain-seed-0/last.pt").unlink()
+    Path("results/p/third-seed-0.json").unlink()
+    before = len(calls())
+    with pytest.raises(UserError, match="1 of 1 runs failed: p/third, seed 0"):
+        campaign.main(["p.toml", "--seeds", "1"])
+    assert "results/p/other-seed-0.json started from weights that are not in checkpoints" in capfd.readouterr().err
+    assert before == 3 and not Path("calls.txt").exists()
+    Path("results/p/other-seed-0.json").unlink()
+    campaign.main(["p.toml", "--seeds", "1"])
+    assert [line.split()[-1] for line in calls()] == ["--overwrite", "auto", "auto"]
+
+
 def test_a_plan_is_done_seed_by_seed_once(workplace, capfd):
     campaign.main(["p.toml", "--device", "cpu", "--data-dir", "d"])
     done = calls()
@@ -192,6 +209,14 @@ def test_the_minutes_end_it_cleanly_and_are_handed_on(workplace, capfd):
     assert "not yet measured" in out and 0 < float(calls()[0].split("--minutes ")[1].split()[0]) <= 0.005
     campaign.main(["p.toml", "--minutes", "5"])
     assert len(calls()) == 4
+
+
+def test_at_the_end_of_the_minutes_nothing_of_unknown_time_is_begun(workplace, capfd):
+    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 0"))
+    script = Path("train_fake.py").read_text()
+    Path("train_fake.py").write_text(script.replace("sys.exit(143)", "None").replace("sleep(20)", "sleep(2.5)"))
+    campaign.main(["p.toml", "--minutes", "0.05"])  # 3 s, less 0.6
+    assert len(calls()) == 1 and "the minutes are up, 3 of 4 runs are open" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -249,7 +249,8 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     run(*places("here"), "--minutes", "0.0005", "--carry-out", carried)
     assert "stopped in epoch 1 after step" in capfd.readouterr().out
     assert names(tmp_path / "here" / "results" / "tiny") == ["a-seed-0.csv", "a-seed-0.json"]
-    pieces = [path for path in carried.iterdir() if path.name != "carry.json"]
+    pieces = list(carried.glob("carry-*"))
+    assert set(carried.iterdir()) == {*pieces, carried / "carry.json", carried / "results.tar"}
     assert len(pieces) > 1 and max(path.stat().st_size for path in pieces) == 60_000
     run(*places("there"), "--carry-in", carried)
     said = capfd.readouterr().out
@@ -263,9 +264,6 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     assert kept["optimizer"] == {} and set(names(there / "a-seed-0")) == {"last.pt", "log.csv", "result.json"}
     trained = torch.load(whole / "a-seed-0" / "last.pt", weights_only=True)["weights"]
     assert all(torch.equal(kept["weights"][name], trained[name]) for name in trained)
-    monkeypatch.setattr(carrying, "PIECE", 1000)  # weights that are not small go along where they are needed
-    assert "last.pt" in carrying.carried_run(whole / "a-seed-0", needed=True)
-    assert "last.pt" not in carrying.carried_run(whole / "a-seed-0", needed=False)
 
     for gone, further in (("result.json", True), ("last.pt", False)):  # what has come further here stays
         (there / "b-seed-0" / gone).unlink()
@@ -281,6 +279,60 @@ def test_a_campaign_goes_on_in_another_folder(tiny_plan, tmp_path, capfd, monkey
     with pytest.raises(UserError, match="there is no carry.json"):
         run(*places("new"), "--carry-in", tmp_path)
     assert not (tmp_path / "new" / "runs").exists()
+    assert names(tmp_path / "new" / "results" / "tiny") == ["a-seed-0.csv", "a-seed-0.json"]  # as all results
+
+
+def test_what_is_needed_goes_along_first(parts, monkeypatch):
+    """Of seed 0 plain is finished and other, which starts from it, cut; of seed 1 both are finished."""
+    Path("p.toml").write_text(PLAN + 'init_from = "plain"\n')
+    [part] = plan_parts = read_parts("p.toml", campaign.script_parser)
+    args = parsed("p.toml", "--device", "cpu")
+    for name in ("plain-seed-0", "plain-seed-1", "other-seed-1", "other-seed-0"):
+        folder = Path("checkpoints/p", name)
+        folder.mkdir(parents=True)
+        (folder / "last.pt").touch()
+        if name != "other-seed-0":
+            (folder / "result.json").touch()
+    monkeypatch.setattr(
+        carrying, "carried_run", lambda run: {"last.pt": bytes(200 if run.name == "other-seed-0" else 100)}
+    )
+    order = ["plain-seed-0", "other-seed-0", "other-seed-1", "plain-seed-1"]
+    for most, taken in ((500, order), (300, order[:2]), (200, [order[0], order[2]]), (99, [])):
+        monkeypatch.setattr(carrying, "MOST", most)
+        members, left_behind = carrying.runs_to_carry(plan_parts, [Job(part.plan, part.plan.rows[1], 0)], args)
+        assert list(members) == [f"p/{name}/last.pt" for name in taken]
+        assert [path.name for path in left_behind] == [name for name in order if name not in taken]
+
+
+def test_pieces_of_before_stay_until_those_that_follow_are_complete(parts, monkeypatch):
+    monkeypatch.setattr(carrying, "carried_run", lambda run: {"last.pt": b"first"})
+    campaign.main(["p.toml", "--seeds", "1", "--device", "cpu", "--carry-out", "carried"])
+    before = carrying.read_pieces(Path("carried"))
+    assert before == {f"p/{name}-seed-0/last.pt": b"first" for name in ("plain", "other")}
+    write = carrying.write_atomically
+
+    def no_manifest(path, *args):
+        if path.name == "carry.json":
+            raise OSError("no room")
+        write(path, *args)
+
+    monkeypatch.setattr(carrying, "carried_run", lambda run: {"last.pt": b"second"})
+    again = "carried", read_parts("p.toml", campaign.script_parser), [], parsed("p.toml")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(carrying, "write_atomically", no_manifest)
+        carrying.carry_out(*again)
+    assert carrying.read_pieces(Path("carried")) == before and len(names("carried")) == 4
+    carrying.carry_out(*again)
+    assert set(carrying.read_pieces(Path("carried")).values()) == {b"second"} and len(names("carried")) == 3
+
+
+def test_results_are_there_before_the_minutes_are_up(parts, monkeypatch):
+    """A machine that is taken away while a run is at work leaves those of the runs before."""
+    monkeypatch.setattr(campaign, "carry_out", lambda *args: None)
+    campaign.main(["p.toml", "--device", "cpu", "--carry-out", "carried"])
+    with pytest.raises(UserError, match="there is no carry.json that --carry-out wrote to its end"):
+        campaign.main(["p.toml", "--list", "--carry-in", "carried", "--results", "elsewhere"])
+    assert names("elsewhere/p") == names("results/p") and len(names("results/p")) == 8
 
 
 # Dry runs
