@@ -86,8 +86,8 @@ def filled_tables(text, results):
 def fill_readme(path, results):
     try:
         text = filled_tables(Path(path).read_text(encoding="utf-8"), results)
-    except OSError as error:
-        raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme {path} cannot be read ({error})") from error
     except UserError as error:
         raise UserError(f"--readme {path}: {error}") from error
     write_atomically(path, lambda file: file.write(text.encode()))

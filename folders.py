@@ -84,7 +84,10 @@ def pictures_in(folder):
         for name in names:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 path = os.path.join(parent, name)
-                status = os.stat(path)
+                try:
+                    status = os.stat(path)
+                except OSError as error:
+                    raise UserError(f"{path} cannot be read ({error.strerror})") from error
                 found.append((path, status.st_size, status.st_mtime_ns))
     if not found:
         raise UserError(f"{folder} holds no picture ({', '.join(EXTENSIONS)})")
@@ -96,7 +99,11 @@ def readable_names(root, class_folders):
     path = root / "classes.txt"
     if not path.exists():
         return class_folders
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     names = {line[0]: line[-1].strip() for line in lines}
     if missing := [name for name in class_folders if name not in names]:
         raise UserError(

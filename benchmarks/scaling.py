@@ -4,7 +4,8 @@
 
 Random pictures, whole training steps by the report's recipe. The values of one axis take turns; the table shows the
 median of the rounds in pictures a second, and in GFLOP a second, which stays where it is as long as the cost grows as
-the work. For the numbers of pictures also the most memory that a process of its own held, and what the pictures take.
+the work. Nothing is compiled, unless --compile on says so. For the numbers of pictures also the most memory that a
+process of its own held, and what the pictures take.
 """
 
 import multiprocessing
@@ -43,6 +44,7 @@ def one_value(axis, value, device, *, count, steps, flags):
     flag, _ = AXES[axis]
     image_size = value if axis == "picture size" else 32
     dataset = random_dataset(value if axis == "pictures" else count, image_size)
+    flags = ["--compile", "off", *flags]
     return Ours("train_vit", [*flags, *([flag, str(value)] if flag else [])], dataset, device, steps)
 
 

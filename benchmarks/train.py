@@ -41,6 +41,11 @@ from training.flag_types import at_least
 ALONE = "its batches alone"
 
 
+def float32_of(device):
+    """What float32 products of training are in: --amp off takes TF32 on a GPU, the peers what torch's default is."""
+    return "TF32" if device.type == "cuda" else "float32"
+
+
 def vit_ways(dataset, device, *, steps, batch_size):
     """The report's ViT. Its own loop: transforms of tensors, one-hot targets, attention weights asked for."""
     batch_size = batch_size or 64
@@ -52,7 +57,7 @@ def vit_ways(dataset, device, *, steps, batch_size):
     train = partial(peer_training, device=device, steps=steps)
     ways = {
         "ours": ours,
-        "ours in float32": exact,
+        f"ours in {float32_of(device)}": exact,
         "the report's loop": train(ReportViT(), report, mix=one_hot(10), reads=2),
     }
     if installed("timm"):
@@ -96,7 +101,7 @@ def resnet18_ways(dataset, device, *, steps, batch_size):
     sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
     return ours, {
         "ours": ours,
-        "ours in float32": exact,
+        f"ours in {float32_of(device)}": exact,
         "torchvision": peer_training(plain_resnet18(10), pictures, device, steps, make=sgd),
         ALONE: ours.run_batches,
     }
@@ -164,8 +169,10 @@ def main(argv=None):
     args = train_parser().parse_args(argv)
     device = pick_device(args.device)
     with settings_of_training():
+        mixed = Precision("auto", device).dtype
         Precision("off", device)
-        peaks = {str(dtype)[6:]: matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        names = {torch.float32: float32_of(device)} | ({} if mixed == torch.float32 else {mixed: str(mixed)[6:]})
+        peaks = {dtype_name: matmul_peak(device, dtype) for dtype, dtype_name in names.items()}
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
     results = {name: {} for name in ("gflop_a_picture", "share_of_peak", "data_share")}
@@ -177,7 +184,7 @@ def main(argv=None):
         del speeds[name][ALONE]
         print_speeds(f"{name}, {dataset.name}", speeds[name])
         work = ours.gflop_a_picture()
-        dtypes = {"ours": str(ours.precision.dtype)[6:], "ours in float32": "float32"}
+        dtypes = {"ours": names[ours.precision.dtype], f"ours in {float32_of(device)}": float32_of(device)}
         shares = {way: (dtypes[way], medians[way] * work / peaks[dtypes[way]]) for way in dtypes if way in medians}
         for way, (dtype, share) in shares.items():
             print(f"{way}: {work:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
@@ -186,6 +193,8 @@ def main(argv=None):
         for table, value in zip(results.values(), (work, shares, data), strict=True):
             table[name] = value
         if device.type == "cuda":  # with the weights of all ways in it; a process for each would compile again
+            for run in (run for run in ways.values() if isinstance(run, Ours)):
+                run.forward = run.model  # what CUDA graphs hold is not counted
             held[name] = {way: peak_of_run(ways[way], device) for way in speeds[name]}
     print()
     for name in args.models:

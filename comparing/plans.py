@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from comparing.runs import Group, warn
+from comparing.runs import Group, group_runs, warn
 from errors import UserError
 from training.arguments import given_arguments
 
@@ -217,6 +217,8 @@ def fitting_runs(plan, runs):
                 warn(f"{run.path} is not counted: it does not fit {plan.name}'s row {row.name} ({reason})")
             else:
                 found[row.name][seed] = run
+        if len(group_runs(found[row.name].values())) > 1:
+            warn(f"the runs of {plan.name}'s row {row.name} differ in more than their seed")
     return found
 
 

@@ -93,5 +93,5 @@ def comparison_table(pairs, *, by="test"):
     text += "\n\n" + aligned(rows)
     if tested := sum(comparison.p_value is not None for comparison in comparisons):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
-        text += f"\np: exact two-sided permutation test over seeds{correction}"
+        text += f"\np: two-sided permutation test over seeds, exact up to a million permutations{correction}"
     return text

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from errors import UserError
 from files import write_atomically
 from maps.draw import draw_deletion_curves
 from maps.evaluate import baselines, evaluate
 from maps.pictures import normalised, object_masks
 from training.device import Precision
+from training.memory import is_memory_error
 
 # what must agree for two evaluations to stand in one table
 SAME = ("checkpoint", "model", "epoch", "data_hash", "pictures")
@@ -44,7 +46,13 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     torch.manual_seed(0)  # for methods that draw at random,
     np.random.seed(0)  # and for Captum's gradient SHAP
     explainers = explainers | baselines(model.grid)
-    table, curves = evaluate(model, batches(), explainers, Precision("auto", device), masks=masks, outlines=outlines)
+    precision = Precision("auto", device)
+    try:
+        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, outlines=outlines)
+    except Exception as error:
+        if is_memory_error(error):
+            raise UserError(f"--batch-size {args.batch_size} does not fit into memory; a smaller one may") from error
+        raise
     record = {
         "checkpoint": f"{args.checkpoint.name} {args.which or 'last'}",
         "model": checkpoint["model"],

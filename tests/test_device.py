@@ -40,6 +40,7 @@ def test_a_t4_which_emulates_bfloat16_gets_float16_with_a_scaler(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no CUDA for the scaler here
         assert Precision("auto", cuda).amp == "fp16"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.get_float32_matmul_precision() == "high"
     with pytest.raises(UserError, match="--amp bf16: Tesla T4 has no bfloat16"):
         Precision("bf16", cuda)
 

@@ -52,7 +52,13 @@ def test_readable_names_and_numbers_a_class(tmp_path):
     assert "tabby 12, golden retriever 8" in describe(dataset)
     (root / "classes.txt").write_text("n02 golden retriever\n")
     with pytest.raises(UserError, match="classes.txt does not name n01"):
-        read(root, tmp_path / "cache")
+        load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
+    (root / "classes.txt").write_bytes("n01 Löwe\n".encode("latin-1"))
+    with pytest.raises(UserError, match="classes.txt cannot be read"):
+        load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
+    (root / "n01" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="gone.png cannot be read"):
+        load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
 
 
 def test_pictures_are_upright_opaque_and_cut_to_the_centre_square(tmp_path):

@@ -124,6 +124,12 @@ def test_evaluation_where_the_object_is_not_known(run):
     assert set(record["scores"]) == {"rollout", "rollout, run that way", "uniform", "centred gaussian", "random"}
 
 
+def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("maps.record.evaluate", lambda *args, **options: torch.empty(2**60))
+    with pytest.raises(UserError, match="--batch-size 4 does not fit into memory; a smaller one may"):
+        script.main([str(run), "--evaluate", "--batch-size", "4"])
+
+
 def test_which_checkpoint(run, capsys):
     script.main([str(run), "--index", "0", "--which", "best_on_test"])
     assert "best_on_test.pt: vit, epoch 1" in capsys.readouterr().out

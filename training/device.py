@@ -108,8 +108,10 @@ class Precision:
         self.amp = amp
         self.device_type = device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        if device.type == "cuda":  # convolutions have TF32 by default; with amp, no product of training is in float32
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if amp == "off" else "ieee"
+        if (
+            device.type == "cuda"
+        ):  # convolutions have it by default; after the newer fp32_precision this could not be read
+            torch.backends.cuda.matmul.allow_tf32 = True
         if device.type == "cpu":
             keep_freed_memory()
         if device.type == "cpu" and amp == "off" and onednn_keeps_float32():
