@@ -108,9 +108,7 @@ class Precision:
         self.amp = amp
         self.device_type = device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        if (
-            device.type == "cuda"
-        ):  # convolutions have it by default; after the newer fp32_precision this could not be read
+        if device.type == "cuda":  # as convolutions have it; fp32_precision, which is newer, would make this unreadable
             torch.backends.cuda.matmul.allow_tf32 = True
         if device.type == "cpu":
             keep_freed_memory()
