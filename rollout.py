@@ -4,7 +4,7 @@
     python rollout.py checkpoints/vit --image photo.jpg --method all
     python rollout.py checkpoints/vit --evaluate
 
-As a library, on any model whose attention goes through torch's scaled_dot_product_attention:
+As a library, on any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention:
 
     with AttentionRecorder(model) as recorder:
         model(pictures)

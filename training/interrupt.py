@@ -24,9 +24,8 @@ class Interrupted(KeyboardInterrupt):
 class StopRequests:
     """Ctrl-C, SIGTERM and a limit in minutes, as a context manager: `wanted()` says whether to stop after this step.
 
-    The minutes count from now, or from `since`, a time of time.monotonic().
-
-    A second signal acts as if this were not here. Leaving puts the signal handlers back.
+    The minutes count from now, or from `since`, a time of time.monotonic(). A second signal acts as if this were not
+    here. Leaving puts the signal handlers back.
     """
 
     def __init__(self, minutes=None, *, since=None):
