@@ -96,7 +96,7 @@ def carry_out(folder, parts, jobs, args):
         pieces = {}
         while piece := whole.read(PIECE):
             checksum = hashlib.sha256(piece).hexdigest()
-            name = f"carry-{checksum[:12]}"
+            name = f"carry-{len(pieces):02}-{checksum[:12]}"
             write_atomically(folder / name, lambda file, piece=piece: file.write(piece))
             pieces[name] = checksum
     write_atomically(folder / MANIFEST, lambda file: file.write(json.dumps({"pieces": pieces}, indent=1).encode()))

@@ -115,8 +115,8 @@ def do_run(job, args, deadline, leave=lambda: False):
     if start and not is_trained(run_folder(start, args)):
         others = [row for row in job.plan.rows if row.init_from == start.row.name and row != job.row]
         if others := [path for row in others if (path := kept_result(job, row, args)).exists()]:
-            where = f"weights that are not in {run_folder(start, args)}"
-            print(f"{others[0]} started from {where}: {job.name}, cannot start from others", file=sys.stderr)
+            where = f"the weights of {start.name}, that are not in {run_folder(start, args)} any more"
+            print(f"{others[0]} started from {where}: {job.name}, has to start from the same", file=sys.stderr)
             return 2, None
         code, run = do_run(start, args, deadline, leave)
         if not run:

@@ -120,7 +120,10 @@ def test_a_row_does_not_start_from_other_weights_than_those_beside_it(workplace,
     before = len(calls())
     with pytest.raises(UserError, match="1 of 1 runs failed: p/third, seed 0"):
         campaign.main(["p.toml", "--seeds", "1"])
-    assert "results/p/other-seed-0.json started from weights that are not in checkpoints" in capfd.readouterr().err
+    assert (
+        "other-seed-0.json started from the weights of p/plain, seed 0, that are not in checkpoints/p/plain"
+        in capfd.readouterr().err
+    )
     assert before == 3 and not Path("calls.txt").exists()
     Path("results/p/other-seed-0.json").unlink()
     campaign.main(["p.toml", "--seeds", "1"])
