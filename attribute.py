@@ -61,8 +61,7 @@ def main(argv=None):
     args = attribute_parser().parse_args(argv)
     checkpoint, model, chosen, dataset = open_for_explaining(args)
     out = output_folder(args)
-    torch.manual_seed(0)  # of the methods that draw at random,
-    np.random.seed(0)  # and of Captum's gradient SHAP
+    torch.manual_seed(0)  # of the methods that draw at random
     if args.evaluate:
         explainers = {
             name: lambda inputs, classes, name=name: ATTRIBUTIONS[name](model, inputs, classes)[0]

@@ -1,8 +1,8 @@
 """Random transforms of a batch of pictures on its device, another draw for every picture.
 
 Random numbers come from a generator on the host, so that every device sees the same pictures (but for a grey level
-where it interpolates in TF32) and none is waited for.
-Pictures are uint8 up to `normalize`; only `random_erasing` and `cutout` come after it.
+where it interpolates in TF32) and none is waited for. Pictures are uint8 up to `normalize`; only `random_erasing` and
+`cutout` come after it.
 """
 
 import torch

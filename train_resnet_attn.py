@@ -253,7 +253,7 @@ def main(argv=None):
         write_split(folder / "split.csv", dataset)
 
     # Epochs
-    with StopRequests(args.minutes, since=began) as stop:
+    with StopRequests(args.minutes, since=began) as stop, memory_watched(run):
         for epoch in range(run.epoch, args.epochs):
             if run.out_of_patience():
                 break
@@ -278,10 +278,9 @@ def main(argv=None):
                 return run.stop(stop)
             started = time.monotonic()
             judged = {}
-            with memory_watched(run):
-                for split, batches in watched.items():
-                    loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
-                    judged[split] = loss, accuracy
+            for split, batches in watched.items():
+                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 
     return run.finish(test)

@@ -171,7 +171,7 @@ def main(argv=None):
     with settings_of_training():
         mixed = Precision("auto", device).dtype
         Precision("off", device)
-        names = {torch.float32: float32_of(device)} | ({} if mixed == torch.float32 else {mixed: str(mixed)[6:]})
+        names = {dtype: str(dtype)[6:] for dtype in (torch.float32, mixed)} | {torch.float32: float32_of(device)}
         peaks = {dtype_name: matmul_peak(device, dtype) for dtype, dtype_name in names.items()}
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))

@@ -9,7 +9,7 @@ from maps.pictures import checkpoint_dataset, chosen_pictures, photographs
 from models import build_model
 from training.checkpoint import load_checkpoint, rebuild_model
 from training.device import pick_device
-from training.flag_types import Parser, at_least
+from training.flag_types import Parser, at_least, between
 
 
 def explaining_parser(description, methods, *, default):
@@ -28,21 +28,13 @@ def explaining_parser(description, methods, *, default):
     drawing.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (maps/ in the run's folder)")
     drawing.add_argument("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help="(bilinear)")
     drawing.add_argument("--format", choices=("png", "pdf"), default="png", help="(png)")
-    drawing.add_argument("--dpi", type=resolution, default=150, help="from 20 to 1200 (150)")
+    drawing.add_argument("--dpi", type=between(20, 1200), default=150, help="from 20 to 1200 (150)")
 
     measuring = parser.add_argument_group("the measure")
     measuring.add_argument("--evaluate", action="store_true", help="score the methods on test pictures, draw none")
     measuring.add_argument("--pictures", type=at_least(2), default=1000, metavar="N", help="how many of them (1000)")
     measuring.add_argument("--batch-size", type=at_least(1), default=100, help="of them at once (100)")
     return parser
-
-
-def resolution(text):
-    """A flag's type: dots an inch that a figure can be drawn with."""
-    value = int(text)
-    if not 20 <= value <= 1200:
-        raise argparse.ArgumentTypeError(f"must be from 20 to 1200, not {text}")
-    return value
 
 
 def chosen_methods(args, methods, *, default):

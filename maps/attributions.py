@@ -5,6 +5,7 @@ not negative, and the convergence delta (B,), how far the attributions are from 
 the method has one, else None. The baseline, where there is one, is the mean colour: zero after normalisation.
 """
 
+import numpy as np
 import torch
 from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 
@@ -44,6 +45,7 @@ def integrated_gradients(model, pictures, classes):
 
 def gradient_shap(model, pictures, classes):
     """Expected gradients from random points between noisy pictures and the mean colour (Lundberg & Lee 2017)."""
+    np.random.seed(torch.randint(2**31, ()).item())  # Captum draws from numpy's generator as well
     found, deltas = [], []
     share = max(1, INTERNAL_BATCH // SAMPLES)
     baselines = torch.zeros_like(pictures[:1])

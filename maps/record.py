@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -43,8 +42,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         for chunk in tqdm(indices.split(args.batch_size), "evaluating", disable=None, unit="batch"):
             yield normalised(dataset.test.pictures[chunk], checkpoint, device)
 
-    torch.manual_seed(0)  # for methods that draw at random,
-    np.random.seed(0)  # and for Captum's gradient SHAP
+    torch.manual_seed(0)  # for methods that draw at random
     explainers = explainers | baselines(model.grid)
     precision = Precision("auto", device)
     try:

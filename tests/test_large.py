@@ -79,6 +79,13 @@ def test_val_is_the_test_set_where_there_is_no_other_and_fractions_are_split_off
     assert batch.shape == (4, 3, 72, 72) and torch.equal(labels, dataset.val.labels)
 
 
+@pytest.mark.parametrize(("batch_size", "judged_in"), [(8, 32), (64, 256), (512, 256)])
+def test_a_small_batch_size_is_one_of_memory_for_judging_too(tmp_path, batch_size, judged_in):
+    dataset = load_large(write_large_pictures(tmp_path / "pets"), tmp_path)
+    args = SimpleNamespace(batch_size=batch_size)
+    assert evaluation_batches(dataset, dataset.test, args, torch.device("cpu")).batch_size == judged_in
+
+
 def test_statistics_and_hash_are_of_the_training_pictures(tmp_path):
     root = write_large_pictures(tmp_path / "pets")
     dataset = load_large(root, tmp_path)

@@ -7,7 +7,6 @@ import torch
 
 from errors import UserError
 from training import memory
-from training.interrupt import StopRequests, Watch
 from training.memory import is_memory_error, memory_error, memory_watched
 
 GIB = 2**30
@@ -44,15 +43,12 @@ class FakeGpu:
 def run(tmp_path):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     return SimpleNamespace(
-        args=SimpleNamespace(batch_size=64, image_size=4, epochs=2, profile=False, save_minutes=10),
+        args=SimpleNamespace(batch_size=64, image_size=4),
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         precision=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)),
         device=SimpleNamespace(type="cuda"),
         folder=tmp_path,
-        epoch=1,
-        first_epoch=0,
-        step=0,
     )
 
 
@@ -65,7 +61,7 @@ def test_a_batch_too_large_for_a_gpu_is_one_line_that_says_what_fits(run, monkey
     monkeypatch.setattr(memory.torch, "cuda", FakeGpu())
     monkeypatch.setattr(memory.torch, "zeros", lambda *size, device: zeros(*size))
     (run.folder / "last.pt").touch()
-    with pytest.raises(UserError) as caught, Watch(run, 10, StopRequests()):
+    with pytest.raises(UserError) as caught, memory_watched(run):
         failing()
     assert str(caught.value) == (
         "--batch-size 64 does not fit into the 10.0 GiB of Fake: it took 9.0 GiB and wanted more; 16 should fit"
@@ -84,15 +80,13 @@ def test_where_the_weights_take_all_no_batch_fits(run, monkeypatch):
 
 
 def test_on_a_processor_there_is_no_estimate(run):
-    run.device, run.epoch = torch.device("cpu"), 0
-    with pytest.raises(UserError, match="^--batch-size 64 does not fit$"), Watch(run, 10, StopRequests()):
+    run.device = torch.device("cpu")
+    with pytest.raises(UserError, match="^--batch-size 64 does not fit$"), memory_watched(run):
         torch.empty(2**60)
 
 
 def test_other_errors_stay_what_they_are(run):
     assert not is_memory_error(RuntimeError("shapes differ")) and is_memory_error(MemoryError())
-    with pytest.raises(RuntimeError, match="shapes differ"), Watch(run, 10, StopRequests()):
-        raise RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"), memory_watched(run):
         raise RuntimeError("shapes differ")
 

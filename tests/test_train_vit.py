@@ -344,6 +344,20 @@ def test_summary_trains_nothing(tmp_path, capsys):
     assert "3,218,276" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_memory_used_up_in_an_epoch_or_in_judging_it_is_one_line(folder_flags, monkeypatch):
+    for part in ("train_one_epoch", "validate"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="--batch-size 8 does not fit"):
+            patch.setattr(train_vit, part, lambda **options: torch.empty(2**60))
+            train_vit.main([*folder_flags, "--batch-size", "8", "--run-name", part])
+
+
+def test_the_minutes_count_from_the_start_of_the_script(folder_flags, monkeypatch, capsys):
+    load = train_vit.dataset_of
+    monkeypatch.setattr(train_vit, "dataset_of", lambda args: time.sleep(1.5) or load(args))
+    assert train_vit.main([*folder_flags, "--epochs", "1000", "--minutes", "0.025"]) is None
+    assert "stopped in epoch 1 after step 1;" in capsys.readouterr().out
+
+
 def test_summary_of_torchvisions_vit_counts_its_attention(capsys):
     assert train_vit.main(["--summary", "--model", "vit_b_16"]) is None
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["85,806,346", "17,563,067,904"]

@@ -3,7 +3,7 @@
 import argparse
 
 from errors import UserError
-from training.flag_types import Parser, at_least, fraction, level, positive, positive_fraction, probability, share
+from training.flag_types import Parser, at_least, between, fraction, positive, positive_fraction, probability, share
 
 # what may differ between a run and its resumption; every other flag is part of what the run is
 FREE_FLAGS = (
@@ -92,7 +92,7 @@ def make_parser(description, *, recipes, datasets, policies):
         choices=("none", *policies),
         help="AutoAugment's policy for CIFAR-10, RandAugment or TrivialAugment (%(default)s)",
     )
-    augment.add_argument("--fill", type=level, help="the grey, 0 to 255, that --aa and --rotate uncover (%(default)s)")
+    augment.add_argument("--fill", type=between(0, 255), help="the grey that --aa and --rotate uncover (%(default)s)")
     augment.add_argument("--reprob", type=probability, metavar="P", help="erase a random rectangle (%(default)s)")
     augment.add_argument("--cutout", type=at_least(0), metavar="PIXELS", help="erase a random square (%(default)s)")
     augment.add_argument(
@@ -153,9 +153,7 @@ def make_parser(description, *, recipes, datasets, policies):
     training.add_argument("--seed", type=at_least(0), help="of weights, order, augmentation and dropout (%(default)s)")
     training.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
     training.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision; off is float32, on a GPU TF32 (%(default)s)",
+        "--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; off is float32 or TF32 (%(default)s)"
     )
 
     run = parser.add_argument_group("the run's folder")

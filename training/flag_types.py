@@ -25,6 +25,19 @@ def at_least(low, kind=int):
     return convert
 
 
+def between(low, high):
+    """A flag's type: a whole number from low to high."""
+
+    def convert(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+
+    convert.__name__ = "int"
+    return convert
+
+
 def fraction(text):
     """A flag's type: a number from 0 to below 1."""
     value = float(text)
@@ -50,14 +63,6 @@ def share(text):
     """A flag's type: a number above 0, up to 1."""
     positive(text)
     return probability(text)
-
-
-def level(text):
-    """A flag's type: a whole number from 0 to 255."""
-    value = int(text)
-    if not 0 <= value <= 255:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 255, not {text}")
-    return value
 
 
 def probability(text):

@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from errors import UserError
 from training.loop import means
-from training.memory import is_memory_error, memory_error
 from training.profiling import StepProfiler
 
 
@@ -62,7 +61,7 @@ class Watch:
     It keeps the run's place and time; a few times a second it reads the sums from the device and shows them in a bar;
     every --save-minutes it saves; with --profile it profiles the first epoch. Raises UserError, with the epoch, the
     step and the learning rate, when the loss was not finite: at the next refresh, at the latest when the epoch ends,
-    and before anything is saved; and where memory is used up, what memory_error says.
+    and before anything is saved.
     """
 
     REFRESH_SECONDS = 0.4
@@ -87,8 +86,6 @@ class Watch:
         self.bar.close()
         if self.profiler:
             self.profiler.close()
-        if value and is_memory_error(value):
-            raise memory_error(value, self.run) from value
         if kind is None and self.run.step:
             self.refresh(self.run.sums)
             self.run.sums["seconds"] += time.monotonic() - self.last_step

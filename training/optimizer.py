@@ -86,8 +86,9 @@ def make_optimizer(args, model):
     if args.opt == "sgd":
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
         # a first step that a scaler of gradients skips would leave these empty, that is with anything in them
-        for parameter in (parameter for group in groups for parameter in group["params"] if args.momentum):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in groups if args.momentum else ():
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.opt]
     return kind(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
