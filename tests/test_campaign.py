@@ -188,6 +188,16 @@ def test_a_result_that_does_not_fit_is_named_and_replaced_by_the_new_one_alone(w
     assert len(calls()) == 2 and json.loads(path.read_text())["args"]["lr"] == 0.3
 
 
+def test_seeds_of_different_recipes_are_warned_of(workplace, capfd):
+    campaign.main(["p.toml"])
+    assert "differ" not in capfd.readouterr().err
+    path = Path("results/p/plain-seed-1.json")
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"args": result["args"] | {"recipe": "strong"}}))  # the plan leaves it open
+    campaign.main(["p.toml", "--list"])
+    assert "the runs of p's row plain differ in more than their seed" in capfd.readouterr().err
+
+
 def test_a_result_of_another_seed_does_not_fit(workplace, capfd):
     campaign.main(["p.toml"])
     Path("results/p/plain-seed-0.json").rename("results/p/plain-seed-1.json")

@@ -60,6 +60,13 @@ def test_fine_tuning_starts_from_the_weights_with_their_mean_and_std_and_its_map
     assert (folder / "maps" / "evaluation.json").exists()
 
 
+def test_what_the_weights_have_seen_is_asked(small_vit_b_16, finetune_flags, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_vit, "warn_of_seen_pictures", asked.append)
+    train_vit.main([*finetune_flags, "--minutes", "0.0001"])
+    assert asked == ["folder"]
+
+
 def test_a_resumed_run_needs_no_weights(small_vit_b_16, finetune_flags, tmp_path):
     whole = train_vit.main([*finetune_flags, "--epochs", "2", "--run-name", "whole"])
     assert train_vit.main([*finetune_flags, "--epochs", "2", "--run-name", "cut", "--minutes", "0.0001"]) is None
