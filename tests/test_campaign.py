@@ -236,6 +236,7 @@ def test_at_the_end_of_the_minutes_nothing_of_unknown_time_is_begun(workplace, c
 def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, signum):
     Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 1"))
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below nohup\n"
         "import campaign, errors; campaign.SCRIPTS['train_fake.py'] = 'fake_parser'; errors.run_script(campaign.main)"
     )
     command = [sys.executable, "-c", code, "p.toml"]
