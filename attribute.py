@@ -15,7 +15,7 @@ from files import write_atomically
 from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
 from maps.attributions import ATTRIBUTIONS
 from maps.draw import draw_attributions
-from maps.pictures import caption_of, find_class, normalised
+from maps.images import caption_of, find_class, normalised
 from maps.record import evaluate_checkpoint
 
 
@@ -25,8 +25,8 @@ def attribute_parser():
     return parser
 
 
-def attribute_pictures(args, model, checkpoint, chosen, out):
-    """Write a picture each: a row for every method and class; and the raw maps. Returns the paths."""
+def attribute_images(args, model, checkpoint, chosen, out):
+    """Write an image each: a row for every method and class; and the raw maps. Returns the paths."""
     classes = checkpoint["classes"]
     targets = [find_class(name, classes) for name in args.target or ()]
     methods = chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
@@ -69,7 +69,7 @@ def main(argv=None):
         }
         written = evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out)
     else:
-        written = attribute_pictures(args, model, checkpoint, chosen, out)
+        written = attribute_images(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

@@ -13,16 +13,15 @@ import argparse
 import re
 from pathlib import Path
 
-from campaign import script_parser
-from comparing.curves import draw_groups
-from comparing.plans import fitting_runs, plan_pairs, read_parts, read_plan
-from comparing.runs import find_group, group_runs, read_runs
-from comparing.score import draw_scores, score_table
-from comparing.speed import speed_text
-from comparing.tables import comparison_table, groups_table, markdown
 from errors import UserError, run_script
+from experiments.curves import draw_groups
+from experiments.plans import fitting_runs, plan_pairs, read_plan
+from experiments.runs import find_group, group_runs, read_runs
+from experiments.score import draw_scores, score_table
+from experiments.speed import speed_text
+from experiments.tables import comparison_table, groups_table, markdown
 from files import write_atomically
-from training.flag_types import Parser
+from training.arguments import Parser
 
 TABLE_START = re.compile(r"<!-- (table|speed): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
@@ -54,7 +53,7 @@ def compare_parser():
 
 
 def plan_text(path, measured, *, by):
-    plan = read_plan(path, script_parser)
+    plan = read_plan(path)
     groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
     paragraphs = [f"{plan.title}, `python campaign.py {path}`:"]
     if begun := [group for group in groups if group.runs]:
@@ -96,9 +95,8 @@ def fill_readme(path, results):
 def asked_for(names, measured, groups, results, *, paired):
     """[(title or None, pairs as comparison_table takes them)]: one a plan, and one of the other names together."""
     tables = []
-    for path in (name for name in names if name.endswith(".toml")):
-        for plan in {part.plan.name: part.plan for part in read_parts(path, script_parser) if part.plan.rows}.values():
-            tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
+    for plan in (read_plan(name) for name in names if name.endswith(".toml")):
+        tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
     if found := [find_group(groups, name, results) for name in names if not name.endswith(".toml")]:
         tables.append((None, [(group, found[0] if group is not found[0] else None, paired) for group in found]))
     return tables

@@ -1,4 +1,4 @@
-"""A dataset's name to its pictures."""
+"""A dataset's name to its images."""
 
 import hashlib
 from functools import partial
@@ -11,56 +11,56 @@ import torchvision
 from torchvision.transforms.functional import resize
 
 from errors import UserError
-from folders import by_all_cores, find_splits, read_folder
-from imagenette import IMAGENETTES, READABLE, find_imagenette
-from large import CROP_PCT, LargePictures, read_large_folder
-from shapes import CLASSES, make_shapes
+from pipeline.folders import by_all_cores, find_splits, read_folder
+from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
+from pipeline.large import CROP_PCT, LargeImages, read_large_folder
+from pipeline.shapes import CLASSES, make_shapes
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
-SMALL = 64  # up to this --image-size a folder's pictures are resized to it when they are decoded
-SAMPLE = 2000  # of so many large pictures mean and standard deviation are taken
+SMALL = 64  # up to this --image-size a folder's images are resized to it when they are decoded
+SAMPLE = 2000  # of so many large images mean and standard deviation are taken
 
 
 class Split(NamedTuple):
-    pictures: torch.Tensor | LargePictures  # (N, 3, H, W) uint8, or to train on where is_large says so
+    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8, or to train on where is_large says so
     labels: torch.Tensor  # (N,) int64
     names: np.ndarray  # (N,) file names, or indices in the dataset as it was published
 
     def pick(self, indices):
-        return Split(self.pictures[indices], self.labels[indices], self.names[indices])
+        return Split(self.images[indices], self.labels[indices], self.names[indices])
 
 
 class Dataset(NamedTuple):
-    """Pictures to train on, to choose by (or None) and to judge by, and what goes with them."""
+    """Images to train on, to choose by (or None) and to judge by, and what goes with them."""
 
     name: str
     classes: list[str]
     train: Split
     val: Split | None
     test: Split
-    mean: list[float]  # of the training pictures, a channel each, as fractions of 255
+    mean: list[float]  # of the training images, a channel each, as fractions of 255
     std: list[float]
 
     def data_hash(self):
-        """SHA-256 of the training labels and pixels; of LargePictures the files, in place of pixels."""
+        """SHA-256 of the training labels and pixels; of LargeImages the files, in place of pixels."""
         digest = hashlib.sha256(self.train.labels.numpy().tobytes())
-        if isinstance(self.train.pictures, LargePictures):
-            for path in self.train.pictures.files[:, 0]:
+        if isinstance(self.train.images, LargeImages):
+            for path in self.train.images.files[:, 0]:
                 digest.update(Path(path).read_bytes())
         else:
-            digest.update(self.train.pictures.numpy())
+            digest.update(self.train.images.numpy())
         return digest.hexdigest()
 
 
 def count_classes(name, data_dir):
-    """How many classes a dataset has, before its pictures are read."""
+    """How many classes a dataset has, before its images are read."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
-    """Whether a dataset's pictures keep their shape and are cut (see large.py), rather than resized to a square."""
+    """Whether a dataset's images keep their shape and are cut (see large.py), rather than resized to a square."""
     return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
 
 
@@ -76,12 +76,12 @@ def load_dataset(
     cache_dir=None,
     dataset_name=None,
 ):
-    """The pictures of a dataset, resized to image_size x image_size, as a Dataset.
+    """The images of a dataset, resized to image_size x image_size, as a Dataset.
 
-    val_fraction of the training pictures are split off by class and split_seed, and so is test_fraction of a folder
+    val_fraction of the training images are split off by class and split_seed, and so is test_fraction of a folder
     that has no split of its own. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png,
-    and so on. Where is_large says so, the training pictures are LargePictures, and the others centre crops, of crop_pct
-    of the short side. Raises UserError where pictures are missing or cannot be read.
+    and so on. Where is_large says so, the training images are LargeImages, and the others centre crops, of crop_pct
+    of the short side. Raises UserError where images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -109,14 +109,14 @@ def load_dataset(
         splits = {"train": train, "test": test}
     if val_fraction:
         if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {name} has validation pictures of its own")
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
         splits["val"], splits["train"] = split_by_class(
             splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
         )
     if large:
         for key in splits.keys() - {"train"}:
-            splits[key] = splits[key]._replace(pictures=splits[key].pictures.centre_crops(key))
-    mean, std = channel_statistics(splits["train"].pictures)
+            splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
+    mean, std = channel_statistics(splits["train"].images)
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
 
 
@@ -137,7 +137,7 @@ def dataset_of(args):
 
 def read_shapes(name, data_dir):
     sets = {split: make_shapes(split) for split in ("train", "val", "test")}
-    return CLASSES, {split: (s.pictures, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
+    return CLASSES, {split: (s.images, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
 
 
 def read_cifar(name, data_dir):
@@ -154,42 +154,40 @@ def read_cifar(name, data_dir):
                 f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
                 f"put {dataset.filename} or its folder {dataset.base_folder} there, or say where it is by --data-dir"
             ) from error
-        pictures = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        splits[split] = (pictures, found.targets, np.arange(len(pictures)))
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        splits[split] = (images, found.targets, np.arange(len(images)))
     return found.classes, splits
 
 
-def resized(pictures, size):
-    """Pictures (N, 3, H, W) uint8 at size x size, with antialiasing."""
-    if pictures.shape[2:] == (size, size):
-        return pictures
-    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in pictures.split(1000)])
+def resized(images, size):
+    """Images (N, 3, H, W) uint8 at size x size, with antialiasing."""
+    if images.shape[2:] == (size, size):
+        return images
+    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in images.split(1000)])
 
 
 def split_by_class(split, fraction, classes, *, seed, flag):
-    """Two Splits, the first with `fraction` of every class (at least one picture), the second with the rest."""
+    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest."""
     rng = np.random.default_rng(seed)
     chosen = torch.zeros(len(split.labels), dtype=torch.bool)
     for label, name in enumerate(classes):
         members = (split.labels == label).nonzero()[:, 0].numpy()
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training picture of class {name}, which has {len(members)}")
+            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
         chosen[rng.permutation(members)[:count]] = True
     return split.pick(chosen), split.pick(~chosen)
 
 
-def channel_statistics(pictures):
+def channel_statistics(images):
     """Mean and standard deviation of each channel over all pixels, as fractions of 255.
 
-    Of large pictures it is over a sample, the same whether they are kept in memory or not.
+    Of large images it is over a sample, the same whether they are kept in memory or not.
     """
-    if not isinstance(pictures, LargePictures):
-        return statistics_of_chunks(pictures.split(1000))
-    some = pictures[:: -(-len(pictures) // SAMPLE)]
-    chunks = (
-        torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in by_all_cores(some.decode, range(len(some)))
-    )
+    if not isinstance(images, LargeImages):
+        return statistics_of_chunks(images.split(1000))
+    some = images[:: -(-len(images) // SAMPLE)]
+    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
     return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
 
 
@@ -207,7 +205,7 @@ def statistics_of_chunks(chunks):
 
 
 def describe(dataset):
-    """A line a split: how many pictures, and how many of each class."""
+    """A line a split: how many images, and how many of each class."""
     lines = []
     for key in ("train", "val", "test"):
         if split := getattr(dataset, key):
@@ -216,5 +214,5 @@ def describe(dataset):
                 each = f"{counts[0]:,} of each of {len(counts)} classes"
             else:
                 each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts))
-            lines.append(f"{key:6}{len(split.labels):7,} pictures: {each}")
+            lines.append(f"{key:6}{len(split.labels):7,} images: {each}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@
 As a library, on any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention:
 
     with AttentionRecorder(model) as recorder:
-        model(pictures)
+        model(images)
     matrices = rollout(recorder.attentions)  # (B, N, N)
 """
 
@@ -18,6 +18,7 @@ from errors import run_script
 from files import write_atomically
 from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
 from maps.draw import draw_layers, draw_matrix, draw_panel
+from maps.images import caption_of, find_class, normalised
 from maps.methods import (
     METHODS,
     attention_maps,
@@ -29,10 +30,9 @@ from maps.methods import (
     report,
     rollout,
 )
-from maps.pictures import caption_of, find_class, normalised
 from maps.record import evaluate_checkpoint
 from maps.recorder import AttentionRecorder
-from training.flag_types import fraction
+from training.arguments import fraction
 
 __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "relevance", "report", "rollout"]
 
@@ -49,7 +49,7 @@ def rollout_parser():
 
 
 def draw_maps(args, model, checkpoint, chosen, out):
-    """Write the maps of the chosen pictures, each by itself and all in one panel; returns the paths."""
+    """Write the maps of the chosen images, each by itself and all in one panel; returns the paths."""
     classes = checkpoint["classes"]
     methods = chosen_methods(args, METHODS, default="rollout")
     label = methods[0] if len(methods) == 1 else "all"
@@ -93,12 +93,12 @@ def draw_maps(args, model, checkpoint, chosen, out):
 
 
 def pooled(recorder, index, heads):
-    """One picture's pooling weights once a head, where the model pools."""
+    """One image's pooling weights once a head, where the model pools."""
     return None if recorder.pooling is None else recorder.pooling[index].expand(heads, -1)
 
 
 def explainers(model, args):
-    """The chosen methods, and the report's own way of running: {name: function of (pictures, classes)}.
+    """The chosen methods, and the report's own way of running: {name: function of (images, classes)}.
 
     The names say which options were not the default, so that several evaluations fill one table.
     """

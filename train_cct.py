@@ -1,4 +1,4 @@
-"""Train a compact transformer (ViT-Lite, CVT, CCT) on small pictures.
+"""Train a compact transformer (ViT-Lite, CVT, CCT) on small images.
 
     python train_cct.py --device cuda                  the CCT report's run: CCT-6/3x1, CIFAR-100, 200 epochs
     python train_cct.py --recipe strong --device cuda  the same model, trained better
@@ -13,29 +13,32 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
 from models import build_model
 from models.attention import ATTENTIONS
 from models.cct import COMPACT_MODELS
 from models.nano import NANO_MODELS
-from models.published import load_published
+from models.pretrained import load_published
 from models.summary import summarize
-from policies import POLICIES
+from pipeline.batches import evaluation_batches, training_batches
+from pipeline.policies import POLICIES
 from seeding import seed_for
-from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
+from training.arguments import (
+    check_model_flags,
+    complete_arguments,
+    fraction,
+    given_arguments,
+    make_parser,
+    resumed_arguments,
+)
 from training.checkpoint import load_checkpoint, open_weights
-from training.compiling import compiled_forward
-from training.device import Precision, device_name, pick_device
-from training.flag_types import fraction
+from training.device import Precision, compiled_forward, device_name, memory_watched, pick_device
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
-from training.memory import memory_watched
-from training.optimizer import make_average, make_optimizer
+from training.optimizer import make_average, make_optimizer, make_schedule
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
-from training.schedules import make_schedule
 
 REPORT = {
     "dataset": "cifar100",  # the report
@@ -142,14 +145,14 @@ def main(argv=None):
     dataset = dataset_of(args)
     print(describe(dataset))
     if args.patience and not dataset.val:
-        raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
+        raise UserError(f"--patience {args.patience} needs validation images: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
-    # with validation pictures the test set stays shut until the end
+    # with validation images the test set stays shut until the end
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
-    forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))
+    forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
@@ -200,7 +203,7 @@ def main(argv=None):
             started = time.monotonic()
             judged = {}
             for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                loss, accuracy, _ = validate(model=run.evaluated_model, batches=batches, precision=precision)
                 judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 

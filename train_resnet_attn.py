@@ -15,30 +15,33 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
-from imagenette import IMAGENETTES, warn_of_seen_pictures
 from models import build_model
 from models.attention2d import ATTENTIONS2D
 from models.pretrained import imagenet_statistics
 from models.resnet import RESNETS, STAGES, load_imagenet_trunk, load_trunk
 from models.summary import summarize
 from models.xresnet import XRESNETS
-from policies import POLICIES
+from pipeline.batches import evaluation_batches, training_batches
+from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
+from pipeline.policies import POLICIES
 from seeding import seed_for
-from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
-from training.checkpoint import judged_weights, load_checkpoint
-from training.compiling import compiled_forward
-from training.device import Precision, device_name, pick_device
-from training.flag_types import at_least
+from training.arguments import (
+    at_least,
+    check_model_flags,
+    complete_arguments,
+    given_arguments,
+    make_parser,
+    resumed_arguments,
+)
+from training.checkpoint import evaluated_weights, load_checkpoint
+from training.device import Precision, compiled_forward, device_name, memory_watched, pick_device
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
-from training.memory import memory_watched
-from training.optimizer import make_average, make_optimizer
+from training.optimizer import make_average, make_optimizer, make_schedule
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
-from training.schedules import make_schedule
 
 SURVEY = {
     "dataset": "cifar10",  # the survey
@@ -71,7 +74,7 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "rotate": 0.0,
     "epochs": 5,
     "batch_size": 64,
-    "drop_last": True,  # fastai; else an epoch of Imagewoof ends in a batch of one picture
+    "drop_last": True,  # fastai; else an epoch of Imagewoof ends in a batch of one image
     "opt": "adamw",  # Adam with decoupled weight decay
     "opt_betas": [0.9, 0.99],
     "opt_eps": 1e-6,
@@ -96,7 +99,7 @@ STRONG = SURVEY | {  # ours: the same models
     "smoothing": 0.1,
 }
 LIGHT = {"cutout": 0}  # of strong, in runs too short for more
-LARGE = {  # of strong, on the pictures of woof
+LARGE = {  # of strong, on the images of woof
     **{name: WOOF[name] for name in ("model", "image_size", "scale", "ratio", "crop_padding", "epochs", "batch_size")},
     "cutout": 0,
 }
@@ -203,7 +206,7 @@ def main(argv=None):
     if args.init_from:
         start = checkpoint if resuming else load_checkpoint(args.init_from, device=device)
     if not resuming and (args.init_from or args.pretrained):
-        left = load_trunk(model, judged_weights(start)) if args.init_from else load_imagenet_trunk(model)
+        left = load_trunk(model, evaluated_weights(start)) if args.init_from else load_imagenet_trunk(model)
         print(f"the trunk is that of {args.init_from or 'ImageNet'}; left there: {', '.join(left) or 'nothing'}")
     if args.freeze:
         model.freeze_trunk()
@@ -214,21 +217,21 @@ def main(argv=None):
     # Data
     dataset = dataset_of(args)
     print(describe(dataset))
-    if args.init_from:  # its weights know pictures normalised so
+    if args.init_from:  # its weights know images normalised so
         dataset = dataset._replace(mean=start["mean"], std=start["std"])
     if args.pretrained:
-        warn_of_seen_pictures(args.dataset)
+        warn_of_seen_images(args.dataset)
         mean, std = imagenet_statistics()
         dataset = dataset._replace(mean=mean, std=std)
     if args.patience and not dataset.val:
-        raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
+        raise UserError(f"--patience {args.patience} needs validation images: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
-    # with validation pictures the test set stays shut until the end
+    # with validation images the test set stays shut until the end
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
-    forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))
+    forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
@@ -279,7 +282,7 @@ def main(argv=None):
             started = time.monotonic()
             judged = {}
             for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                loss, accuracy, _ = validate(model=run.evaluated_model, batches=batches, precision=precision)
                 judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 

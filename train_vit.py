@@ -1,4 +1,4 @@
-"""Train a Vision Transformer on small pictures.
+"""Train a Vision Transformer on small images.
 
     python train_vit.py --epochs 160 --device cuda    the ViT report's run on CIFAR-10
     python train_vit.py --dataset shapes              drawn shapes, three minutes on two CPU cores
@@ -12,28 +12,32 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from batches import evaluation_batches, training_batches
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
-from imagenette import warn_of_seen_pictures
 from models import build_model
 from models.attention import ATTENTIONS
 from models.pretrained import imagenet_statistics, load_imagenet_weights
 from models.summary import summarize
-from policies import POLICIES
+from pipeline.batches import evaluation_batches, training_batches
+from pipeline.imagenette import warn_of_seen_images
+from pipeline.policies import POLICIES
 from seeding import seed_for
-from training.arguments import check_model_flags, complete_arguments, given_arguments, make_parser, resumed_arguments
+from training.arguments import (
+    at_least,
+    check_model_flags,
+    complete_arguments,
+    fraction,
+    given_arguments,
+    make_parser,
+    resumed_arguments,
+)
 from training.checkpoint import load_checkpoint
-from training.compiling import compiled_forward
-from training.device import Precision, device_name, pick_device
-from training.flag_types import at_least, fraction
+from training.device import Precision, compiled_forward, device_name, memory_watched, pick_device
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
-from training.memory import memory_watched
-from training.optimizer import make_average, make_optimizer
+from training.optimizer import make_average, make_optimizer, make_schedule
 from training.outputs import count_parameters, write_split
 from training.run import Run, choose_folder, finished_result, prepare_folder
-from training.schedules import make_schedule
 
 REPORT = {
     "dataset": "cifar10",  # the report
@@ -121,7 +125,7 @@ def vit_parser():
     model.add_argument(
         "--patch-size", type=at_least(1), metavar="PIXELS", help="smaller: more tokens, slower (%(default)s)"
     )
-    model.add_argument("--pad", action="store_true", help="fill pictures that patches do not divide with zeros")
+    model.add_argument("--pad", action="store_true", help="fill images that patches do not divide with zeros")
     model.add_argument("--embed-dim", type=at_least(1), help="width of a token (%(default)s)")
     model.add_argument("--depth", type=at_least(1), help="number of blocks (%(default)s)")
     model.add_argument("--num-heads", type=at_least(1), help="must divide the width (%(default)s)")
@@ -182,18 +186,18 @@ def main(argv=None):
     dataset = dataset_of(args)
     print(describe(dataset))
     if args.pretrained:
-        warn_of_seen_pictures(args.dataset)
+        warn_of_seen_images(args.dataset)
         mean, std = imagenet_statistics()
         dataset = dataset._replace(mean=mean, std=std)
     if args.patience and not dataset.val:
-        raise UserError(f"--patience {args.patience} needs validation pictures: --val-fraction 0.1 splits some off")
+        raise UserError(f"--patience {args.patience} needs validation images: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
-    # with validation pictures the test set stays shut until the end
+    # with validation images the test set stays shut until the end
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
-    forward = compiled_forward(model, args, device=device, num_pictures=len(dataset.train.labels))
+    forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
@@ -244,7 +248,7 @@ def main(argv=None):
             started = time.monotonic()
             judged = {}
             for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.judged_model, batches=batches, precision=precision)
+                loss, accuracy, _ = validate(model=run.evaluated_model, batches=batches, precision=precision)
                 judged[split] = loss, accuracy
             run.end_epoch(judged, seconds=time.monotonic() - started)
 

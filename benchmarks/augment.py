@@ -1,10 +1,10 @@
-"""Pictures a second through random crop, flip and normalisation, without and with AutoAugment, beside the peers.
+"""Images a second through random crop, flip and normalisation, without and with AutoAugment, beside the peers.
 
     python -m benchmarks.augment --out results/speed/augment-cpu.json
 
-The peers: torchvision on PIL pictures and its v2 transforms on uint8 tensors, both picture by picture in one process,
+The peers: torchvision on PIL images and its v2 transforms on uint8 tensors, both image by image in one process,
 as a data loader's worker runs them; kornia on whole batches of float, which gives all of a batch the same sub-policy.
-Whoever is measured starts from a batch of uint8 (or of PIL pictures) and ends with a normalised batch on the device.
+Whoever is measured starts from a batch of uint8 (or of PIL images) and ends with a normalised batch on the device.
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread.
 """
 
@@ -15,61 +15,61 @@ import torchvision.transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from augment import normalize, padded_crop, random_flip
 from benchmarks.peers import installed
 from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
 from errors import run_script
-from policies import auto_augment
+from pipeline.augment import normalize, padded_crop, random_flip
+from pipeline.policies import auto_augment
+from training.arguments import at_least
 from training.device import device_name, pick_device
-from training.flag_types import at_least
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
 JOBS = {"crop, flip, normalise": False, "the same with AutoAugment": True}
 OURS = "augment.py"
 
 
-def our_pipeline(pictures, auto):
-    """A function without arguments: the batch `pictures`, transformed once. So are the peers below."""
+def our_pipeline(images, auto):
+    """A function without arguments: the batch `images`, transformed once. So are the peers below."""
     generator = torch.Generator().manual_seed(0)
-    mean, std = torch.tensor([MEAN, STD], device=pictures.device)
+    mean, std = torch.tensor([MEAN, STD], device=images.device)
 
     def run():
-        batch = random_flip(padded_crop(pictures, generator, padding=PADDING), generator)
+        batch = random_flip(padded_crop(images, generator, padding=PADDING), generator)
         return normalize(auto_augment(batch, generator, fill=0) if auto else batch, mean, std)
 
     return run
 
 
-def torchvision_pil_pipeline(pictures, auto):
-    size, device = pictures.shape[2:], pictures.device
+def torchvision_pil_pipeline(images, auto):
+    size, device = images.shape[2:], images.device
     policy = [v1.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)] if auto else []
     transform = v1.Compose(
         [v1.RandomCrop(size, PADDING), v1.RandomHorizontalFlip(), *policy, v1.ToTensor(), v1.Normalize(MEAN, STD)]
     )
-    opened = [to_pil_image(picture) for picture in pictures.cpu()]
-    return lambda: torch.stack([transform(picture) for picture in opened]).to(device)
+    opened = [to_pil_image(image) for image in images.cpu()]
+    return lambda: torch.stack([transform(image) for image in opened]).to(device)
 
 
-def torchvision_v2_pipeline(pictures, auto):
-    size, device = pictures.shape[2:], pictures.device
+def torchvision_v2_pipeline(images, auto):
+    size, device = images.shape[2:], images.device
     policy = [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)] if auto else []
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     transform = v2.Compose([v2.RandomCrop(size, PADDING), v2.RandomHorizontalFlip(), *policy, *to_float])
-    on_host = list(pictures.cpu())
-    return lambda: torch.stack([transform(picture) for picture in on_host]).to(device)
+    on_host = list(images.cpu())
+    return lambda: torch.stack([transform(image) for image in on_host]).to(device)
 
 
-def kornia_pipeline(pictures, auto):
+def kornia_pipeline(images, auto):
     import kornia.augmentation as kornia_transforms
     from kornia.augmentation.auto import AutoAugment
 
     transform = torch.nn.Sequential(
-        kornia_transforms.RandomCrop(tuple(pictures.shape[2:]), padding=PADDING),
+        kornia_transforms.RandomCrop(tuple(images.shape[2:]), padding=PADDING),
         kornia_transforms.RandomHorizontalFlip(),
         *([AutoAugment("cifar10")] if auto else []),
         kornia_transforms.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-    ).to(pictures.device)
-    return lambda: transform(pictures.float() / 255)
+    ).to(images.device)
+    return lambda: transform(images.float() / 255)
 
 
 PIPELINES = {
@@ -99,17 +99,17 @@ def main(argv=None):
         packages.remove("kornia")
     versions = {name: version(name) for name in packages}
     torch.manual_seed(0)
-    pictures = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     print(f"{device_name(device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, {names}")
-    print(f"batches of {args.batch_size} pictures of 32 x 32, {args.rounds} rounds")
+    print(f"batches of {args.batch_size} images of 32 x 32, {args.rounds} rounds")
     speeds = {}
     for job, auto in JOBS.items():
-        ways = {name: counted(make(pictures, auto)) for name, make in pipelines.items()}
+        ways = {name: counted(make(images, auto)) for name, make in pipelines.items()}
         speeds[job] = take_turns(ways, device, rounds=args.rounds, seconds=args.seconds)
         print_speeds(job, speeds[job])
     if args.out:
-        results = {"versions": versions, "batch_size": args.batch_size, "pictures_per_second": speeds}
+        results = {"versions": versions, "batch_size": args.batch_size, "images_per_second": speeds}
         write_speeds(args.out, device, results)
 
 

@@ -1,9 +1,9 @@
-"""What it costs to train on large pictures from memory, or from files by workers, beside torchvision's way.
+"""What it costs to train on large images from memory, or from files by workers, beside torchvision's way.
 
     python -m benchmarks.loading --data-dir datasets --out results/speed/loading-cpu.json
 
 Each gives batches of random resized crops, flipped and normalised, on the device, and trains nothing. The peer is what
-a user would write: ImageFolder, v2 transforms on PIL pictures, and as many workers. They take turns, round after round;
+a user would write: ImageFolder, v2 transforms on PIL images, and as many workers. They take turns, round after round;
 the median is shown, and the quartiles of the rounds as the spread. The seconds are those to the first batch, with
 nothing decoded before.
 """
@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from augment import random_flip
-from batches import RATIO, Batches
 from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
-from crops import crop_batches
 from data import load_dataset
 from errors import run_script
-from imagenette import IMAGENETTES
+from pipeline.augment import random_flip
+from pipeline.batches import RATIO, Batches
+from pipeline.crops import crop_batches
+from pipeline.imagenette import IMAGENETTES
+from training.arguments import at_least
 from training.device import device_name, pick_device
-from training.flag_types import at_least
 
 SCALE = (0.35, 1.0)
 
@@ -42,7 +42,7 @@ def our_loading(dataset, args, device, cache_gib):
         std=dataset.std,
         device=device,
         seed=0,
-        crops=crop_batches(dataset.train.pictures, cache_gib=cache_gib, workers=args.workers, **options),
+        crops=crop_batches(dataset.train.images, cache_gib=cache_gib, workers=args.workers, **options),
         transforms=[partial(random_flip, p=0.5)],
     )
     for epoch in itertools.count():
@@ -60,7 +60,7 @@ def torchvision_loading(dataset, args, device):
         ]
     )
     loader = DataLoader(
-        ImageFolder(dataset.train.pictures.root / "train", transform),
+        ImageFolder(dataset.train.images.root / "train", transform),
         args.batch_size,
         shuffle=True,
         num_workers=args.workers,
@@ -68,8 +68,8 @@ def torchvision_loading(dataset, args, device):
         pin_memory=device.type == "cuda",
     )
     while True:
-        for pictures, labels in loader:
-            yield pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def stepped(batches):
@@ -87,7 +87,7 @@ def main(argv=None):
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as cache:
         dataset = load_dataset(args.dataset, data_dir=args.data_dir, image_size=args.image_size, cache_dir=cache)
-        held = dataset.train.pictures.num_bytes / 2**30
+        held = dataset.train.images.num_bytes / 2**30
         memory, streamed = f"memory, {held:.2f} GiB", f"{args.workers} workers"
         ways = {
             memory: our_loading(dataset, args, device, cache_gib=float("inf")),
@@ -112,7 +112,7 @@ def main(argv=None):
             **options,
             "held_gib": held,
             "seconds_to_first": starts,
-            "pictures_per_second": {"random crops": speeds},
+            "images_per_second": {"random crops": speeds},
         }
         write_speeds(args.out, device, results)
 

@@ -1,6 +1,5 @@
 """Our own training steps, as a script would do them, to be timed beside others."""
 
-import importlib
 import itertools
 from contextlib import contextmanager
 from functools import partial
@@ -9,15 +8,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import training_batches
-from campaign import script_parser
+from experiments.plans import script_module, script_parser
 from models import build_model
+from pipeline.batches import training_batches
 from training.arguments import complete_arguments, given_arguments
-from training.compiling import compiled_forward
-from training.device import Precision, keep_freed_memory
+from training.device import Precision, compiled_forward, keep_freed_memory
 from training.loop import new_sums, train_one_epoch
-from training.optimizer import make_optimizer
-from training.schedules import make_schedule
+from training.optimizer import make_optimizer, make_schedule
 
 MATMULS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
 
@@ -42,17 +39,17 @@ def settings_of_training(precisions=None):
 
 class Ours:
     """A training script's own steps for the flags that it would get. Calling it does `steps` of them and returns the
-    number of pictures, inside settings(); `run_batches` goes through as many batches and trains nothing."""
+    number of images, inside settings(); `run_batches` goes through as many batches and trains nothing."""
 
     def __init__(self, script, flags, dataset, device, steps):
-        module, parser = importlib.import_module(script), script_parser(f"{script}.py")
+        module, parser = script_module(f"{script}.py"), script_parser(f"{script}.py")
         given = given_arguments(parser, flags)
         recipe, defaults = module.chosen_recipe(given)
         self.args = args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
         model_args = {name: getattr(args, name) for name in module.MODEL_FLAGS[args.model]}
         self.model = build_model(args.model, num_classes=len(dataset.classes), **model_args).to(device)
         self.device, self.steps, self.epochs = device, steps, itertools.count()
-        self.forward = compiled_forward(self.model, args, device=device, num_pictures=len(dataset.train.labels))
+        self.forward = compiled_forward(self.model, args, device=device, num_images=len(dataset.train.labels))
         self.batches = training_batches(dataset, args, device)
         self.optimizer = make_optimizer(args, self.model)
         self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
@@ -79,12 +76,12 @@ class Ours:
             clip_grad=self.args.clip_grad,
             after_step=lambda done, sums: done == self.steps,
         )
-        return sums["pictures"]
+        return sums["images"]
 
     def run_batches(self):
         return sum(len(labels) for _, labels in itertools.islice(self.batches.batches(next(self.epochs)), self.steps))
 
-    def gflop_a_picture(self):
+    def gflop_per_image(self):
         """Of the matrix products of a forward and backward pass."""
         size = self.args.image_size
         with FlopCounterMode(display=False) as counter:

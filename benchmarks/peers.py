@@ -20,34 +20,34 @@ def installed(*packages):
     return not missing
 
 
-class PilPictures(Dataset):
-    """The pictures of a Split one by one, as PIL pictures that `transform` is applied to, with their labels."""
+class PilImages(Dataset):
+    """The images of a Split one by one, as PIL images that `transform` is applied to, with their labels."""
 
     def __init__(self, split, transform=None):
-        self.pictures, self.labels, self.transform = split.pictures, split.labels, transform
+        self.images, self.labels, self.transform = split.images, split.labels, transform
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        picture = to_pil_image(self.pictures[index])
-        return self.transform(picture) if self.transform else picture, int(self.labels[index])
+        image = to_pil_image(self.images[index])
+        return self.transform(image) if self.transform else image, int(self.labels[index])
 
 
 def torchvision_loader(dataset, transforms, batch_size):
-    """A DataLoader without workers, whose transforms are applied picture by picture."""
+    """A DataLoader without workers, whose transforms are applied image by image."""
     transform = v1.Compose([*transforms, v1.Normalize(dataset.mean, dataset.std)])
-    return DataLoader(PilPictures(dataset.train, transform), batch_size, shuffle=True)
+    return DataLoader(PilImages(dataset.train, transform), batch_size, shuffle=True)
 
 
 def timm_loader(dataset, batch_size, **options):
     """timm's, without workers."""
     from timm.data import create_loader
 
-    pictures = PilPictures(dataset.train)
+    images = PilImages(dataset.train)
     return create_loader(
-        pictures,
-        tuple(dataset.train.pictures.shape[1:]),
+        images,
+        tuple(dataset.train.images.shape[1:]),
         batch_size,
         is_training=True,
         use_prefetcher=False,
@@ -60,9 +60,9 @@ def timm_loader(dataset, batch_size, **options):
 
 
 def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=torch.optim.AdamW, mix=None, reads=0):
-    """A function without arguments that trains so many steps of a plain loop and returns the number of pictures.
+    """A function without arguments that trains so many steps of a plain loop and returns the number of images.
 
-    dtype is that of autocast, mix(pictures, labels) gives mixed pictures and soft targets; reads says how often a step
+    dtype is that of autocast, mix(images, labels) gives mixed images and soft targets; reads says how often a step
     waits for a value of the device.
     """
     model = model.to(device).train()
@@ -70,13 +70,13 @@ def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=tor
 
     def run():
         count = 0
-        for pictures, labels in itertools.islice(loader, steps):
-            pictures, labels = pictures.to(device), labels.to(device)
+        for images, labels in itertools.islice(loader, steps):
+            images, labels = images.to(device), labels.to(device)
             count += len(labels)
             if mix:
-                pictures, labels = mix(pictures, labels)
+                images, labels = mix(images, labels)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(pictures)
+                logits = model(images)
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -107,7 +107,7 @@ class ReportBlock(nn.Module):
 
 
 class ReportViT(nn.Module):
-    """The report's model on pictures (B, 3, 32, 32), unfolded into patches of 4 x 4."""
+    """The report's model on images (B, 3, 32, 32), unfolded into patches of 4 x 4."""
 
     def __init__(self, num_classes=10, dim=256):
         super().__init__()
@@ -117,8 +117,8 @@ class ReportViT(nn.Module):
         self.blocks = nn.Sequential(*(ReportBlock(dim) for _ in range(6)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
 
-    def forward(self, pictures):
-        x = self.embed(F.unfold(pictures, 4, stride=4).mT)  # (B, 64, dim)
+    def forward(self, images):
+        x = self.embed(F.unfold(images, 4, stride=4).mT)  # (B, 64, dim)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         return self.head(self.norm(self.blocks(self.drop(x))[:, 0]))
 
@@ -149,11 +149,11 @@ def vit_pytorch_cct(num_classes):
 
 
 def one_hot(num_classes):
-    return lambda pictures, labels: (pictures, F.one_hot(labels, num_classes).float())
+    return lambda images, labels: (images, F.one_hot(labels, num_classes).float())
 
 
 def plain_resnet18(num_classes):
-    """torchvision's, with the stem for small pictures."""
+    """torchvision's, with the stem for small images."""
     model = resnet18(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -1,11 +1,11 @@
-"""Does the cost of training grow as the work does? Of a ViT on more pictures, larger ones, in larger batches, deeper.
+"""Does the cost of training grow as the work does? Of a ViT on more images, larger ones, in larger batches, deeper.
 
     python -m benchmarks.scaling --out results/speed/scaling-cpu.json
 
-Random pictures, whole training steps by the report's recipe. The values of one axis take turns; the table shows the
-median of the rounds in pictures a second, and in GFLOP a second, which stays where it is as long as the cost grows as
-the work. Nothing is compiled, unless --compile on says so. For the numbers of pictures also the most memory that a
-process of its own held, and what the pictures take.
+Random images, whole training steps by the report's recipe. The values of one axis take turns; the table shows the
+median of the rounds in images a second, and in GFLOP a second, which stays where it is as long as the cost grows as
+the work. Nothing is compiled, unless --compile on says so. For the numbers of images also the most memory that a
+process of its own held, and what the images take.
 """
 
 import multiprocessing
@@ -21,37 +21,37 @@ from benchmarks.ours import Ours
 from benchmarks.turns import save_plot, speed_parser, take_turns, write_speeds
 from data import Dataset, Split
 from errors import run_script
+from training.arguments import at_least
 from training.device import device_name, peak_memory_bytes, pick_device
-from training.flag_types import at_least
 
 AXES = {  # the flag that each axis varies, and its values
-    "pictures": (None, (1000, 5000, 20000, 50000)),
+    "images": (None, (1000, 5000, 20000, 50000)),
     "batch size": ("--batch-size", (16, 64, 256, 1024)),
-    "picture size": ("--image-size", (16, 32, 48, 64)),
+    "image size": ("--image-size", (16, 32, 48, 64)),
     "depth": ("--depth", (2, 6, 12, 24)),
 }
 
 
 def random_dataset(count, image_size):
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (count, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
-    split = Split(pictures, torch.randint(10, (count,), generator=generator), np.arange(count))
+    images = torch.randint(256, (count, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.randint(10, (count,), generator=generator), np.arange(count))
     return Dataset("random", [str(label) for label in range(10)], split, None, split, [0.5] * 3, [0.25] * 3)
 
 
 def one_value(axis, value, device, *, count, steps, flags):
     """The Ours of one value of an axis."""
     flag, _ = AXES[axis]
-    image_size = value if axis == "picture size" else 32
-    dataset = random_dataset(value if axis == "pictures" else count, image_size)
+    image_size = value if axis == "image size" else 32
+    dataset = random_dataset(value if axis == "images" else count, image_size)
     flags = ["--compile", "off", *flags]
     return Ours("train_vit", [*flags, *([flag, str(value)] if flag else [])], dataset, device, steps)
 
 
 def peak_of(value, kind, flags):
-    """The most bytes that were held in training a few steps on so many pictures, in a fresh process."""
+    """The most bytes that were held in training a few steps on so many images, in a fresh process."""
     device = torch.device(kind)
-    ours = one_value("pictures", value, device, count=value, steps=3, flags=flags)
+    ours = one_value("images", value, device, count=value, steps=3, flags=flags)
     with ours.settings():
         ours()
     return peak_memory_bytes(device)
@@ -77,28 +77,28 @@ def plot_scaling(path, tables, device):
 def main(argv=None):
     parser = speed_parser(__doc__.splitlines()[0])
     parser.add_argument("--axes", choices=AXES, nargs="+", default=list(AXES), help="(all)")
-    parser.add_argument("--pictures", type=at_least(1), default=5000, help="where they do not vary (%(default)s)")
+    parser.add_argument("--num-images", type=at_least(1), default=5000, help="where they do not vary (%(default)s)")
     parser.add_argument("--steps", type=at_least(1), default=2, help="at a time (%(default)s)")
     args, flags = parser.parse_known_args(argv)
     device = pick_device(args.device)
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     tables = {}
     for axis in args.axes:
-        options = {"count": args.pictures, "steps": args.steps, "flags": flags}
+        options = {"count": args.num_images, "steps": args.steps, "flags": flags}
         ours = {value: one_value(axis, value, device, **options) for value in AXES[axis][1]}
         speeds = take_turns(ours, device, rounds=args.rounds, seconds=args.seconds)
         tables[axis] = {}
-        print(f"\n{axis:>12}{'pictures/s':>12}{'GFLOP/s':>10}")
+        print(f"\n{axis:>12}{'images/s':>12}{'GFLOP/s':>10}")
         for value, one in ours.items():
-            speed, work = statistics.median(speeds[value]), one.gflop_a_picture()
-            row = {"pictures_per_second": speeds[value], "gflop_a_picture": work, "gflop_a_second": speed * work}
+            speed, work = statistics.median(speeds[value]), one.gflop_per_image()
+            row = {"images_per_second": speeds[value], "gflop_per_image": work, "gflop_a_second": speed * work}
             tables[axis][value] = row
             print(f"{value:12,}{speed:12,.0f}{speed * work:10,.0f}")
         del ours
-    if "pictures" in args.axes:
-        print(f"\n{'pictures':>12}{'MiB of them':>14}{'MiB at most':>14}")
+    if "images" in args.axes:
+        print(f"\n{'images':>12}{'MiB of them':>14}{'MiB at most':>14}")
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            for value, row in tables["pictures"].items():
+            for value, row in tables["images"].items():
                 row["bytes"], row["peak_bytes"] = 3 * 32 * 32 * value, pool.apply(peak_of, (value, device.type, flags))
                 print(f"{value:12,}{row['bytes'] / 2**20:14,.0f}{row['peak_bytes'] / 2**20:14,.0f}")
     if args.out:

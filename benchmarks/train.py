@@ -1,9 +1,9 @@
-"""Pictures a second of whole training steps, data and augmentation included, beside the peers.
+"""Images a second of whole training steps, data and augmentation included, beside the peers.
 
     python -m benchmarks.train --data-dir datasets --out results/speed/train-cpu.json
 
 Ours is a script's own recipe, through its own batches, loop and optimiser. The peers (peers.py) have models of the same
-size, loaders without workers that transform picture by picture, and plain loops; in float32 unless it says otherwise.
+size, loaders without workers that transform image by image, and plain loops; in float32 unless it says otherwise.
 They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread. Beside that:
 what share of the machine's matrix product, measured in the same run, our steps come to, what share of a step is data
 and augmentation, and the most memory that was held (on a CPU by a process that does nothing else).
@@ -32,11 +32,11 @@ from benchmarks.peers import (
     vit_pytorch_cct,
     vit_pytorch_vit,
 )
-from benchmarks.turns import pictures_a_second, plot_speeds, print_speeds, speed_parser, take_turns, write_speeds
+from benchmarks.turns import images_per_second, plot_speeds, print_speeds, speed_parser, take_turns, write_speeds
 from data import DATASETS, load_dataset
 from errors import run_script
+from training.arguments import at_least
 from training.device import Precision, device_name, peak_memory_bytes, pick_device
-from training.flag_types import at_least
 
 ALONE = "its batches alone"
 
@@ -63,8 +63,8 @@ def vit_ways(dataset, device, *, steps, batch_size):
     if installed("timm"):
         ways["timm"] = train(timm_vit(), timm_loader(dataset, batch_size, hflip=0.5, **crop))
     if installed("vit_pytorch"):
-        pictures = torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)
-        ways["vit-pytorch"] = train(vit_pytorch_vit(), pictures)
+        images = torchvision_loader(dataset, [*tensors[1:], v1.ToTensor()], batch_size)
+        ways["vit-pytorch"] = train(vit_pytorch_vit(), images)
     return ours, ways | {ALONE: ours.run_batches}
 
 
@@ -97,12 +97,12 @@ def resnet18_ways(dataset, device, *, steps, batch_size):
     ours, exact = (
         Ours("train_resnet_attn", [*flags, *more], dataset, device, steps) for more in ((), ("--amp", "off"))
     )
-    pictures = torchvision_loader(dataset, [v1.RandomCrop(32, 4), v1.RandomHorizontalFlip(), v1.ToTensor()], batch_size)
+    images = torchvision_loader(dataset, [v1.RandomCrop(32, 4), v1.RandomHorizontalFlip(), v1.ToTensor()], batch_size)
     sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
     return ours, {
         "ours": ours,
         f"ours in {float32_of(device)}": exact,
-        "torchvision": peer_training(plain_resnet18(10), pictures, device, steps, make=sgd),
+        "torchvision": peer_training(plain_resnet18(10), images, device, steps, make=sgd),
         ALONE: ours.run_batches,
     }
 
@@ -124,11 +124,11 @@ def matmul_peak(device, dtype):
         torch.mm(a, b)
         return 2 * size**3 / 1e9
 
-    return max(pictures_a_second(run, device, seconds=0.3) for _ in range(5))
+    return max(images_per_second(run, device, seconds=0.3) for _ in range(5))
 
 
 def make_ways(name, device, args):
-    """(our training steps, all ways, the pictures) of one model."""
+    """(our training steps, all ways, the images) of one model."""
     make, default = BENCHMARKED[name]
     dataset = load_dataset(args.dataset or default, data_dir=args.data_dir, image_size=32)
     return *make(dataset, device, steps=args.steps, batch_size=args.batch_size), dataset
@@ -175,7 +175,7 @@ def main(argv=None):
         peaks = {dtype_name: matmul_peak(device, dtype) for dtype, dtype_name in names.items()}
     print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
-    results = {name: {} for name in ("gflop_a_picture", "share_of_peak", "data_share")}
+    results = {name: {} for name in ("gflop_per_image", "share_of_peak", "data_share")}
     speeds, held = {}, {}
     for name in args.models:
         ours, ways, dataset = make_ways(name, device, args)
@@ -183,11 +183,11 @@ def main(argv=None):
         medians = {way: statistics.median(values) for way, values in speeds[name].items()}
         del speeds[name][ALONE]
         print_speeds(f"{name}, {dataset.name}", speeds[name])
-        work = ours.gflop_a_picture()
+        work = ours.gflop_per_image()
         dtypes = {"ours": names[ours.precision.dtype], f"ours in {float32_of(device)}": float32_of(device)}
         shares = {way: (dtypes[way], medians[way] * work / peaks[dtypes[way]]) for way in dtypes if way in medians}
         for way, (dtype, share) in shares.items():
-            print(f"{way}: {work:.3f} GFLOP a picture, {share:.0%} of the {dtype} peak")
+            print(f"{way}: {work:.3f} GFLOP per image, {share:.0%} of the {dtype} peak")
         data = medians["ours"] / medians[ALONE]
         print(f"data and augmentation: {data:.1%} of a step")
         for table, value in zip(results.values(), (work, shares, data), strict=True):
@@ -202,7 +202,7 @@ def main(argv=None):
         print(f"{name}, MiB at most: " + ", ".join(f"{way} {peak / 2**20:,.0f}" for way, peak in held[name].items()))
     if args.out:
         write_speeds(
-            args.out, device, {"peak_gflops": peaks, "pictures_per_second": speeds, **results, "peak_bytes": held}
+            args.out, device, {"peak_gflops": peaks, "images_per_second": speeds, **results, "peak_bytes": held}
         )
         plot_speeds(Path(args.out).with_suffix(".png"), speeds, device)
 

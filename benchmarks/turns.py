@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from files import write_atomically
+from training.arguments import Parser, at_least, positive
 from training.device import device_name
-from training.flag_types import Parser, at_least, positive
 
 
 def speed_parser(description):
@@ -24,8 +24,8 @@ def speed_parser(description):
     return parser
 
 
-def pictures_a_second(run, device, seconds, settle=0):
-    """run() again and again for at least so many seconds; it returns how many pictures it has done.
+def images_per_second(run, device, seconds, settle=0):
+    """run() again and again for at least so many seconds; it returns how many images it has done.
 
     Before that so many times, uncounted, as `settle` says.
     """
@@ -41,7 +41,7 @@ def pictures_a_second(run, device, seconds, settle=0):
 
 
 def take_turns(ways, device, *, rounds, seconds, settle=0):
-    """{way: pictures a second in each round} of {way: run}, after a short round that does not count.
+    """{way: images a second in each round} of {way: run}, after a short round that does not count.
 
     A run that has settings() has its turns inside of that context.
     """
@@ -49,7 +49,7 @@ def take_turns(ways, device, *, rounds, seconds, settle=0):
     for number in range(rounds + 1):
         for name, run in ways.items():
             with getattr(run, "settings", nullcontext)():
-                speed = pictures_a_second(run, device, seconds if number else seconds / 5, settle)
+                speed = images_per_second(run, device, seconds if number else seconds / 5, settle)
             speeds[name] += [speed] if number else []
     return speeds
 
@@ -58,7 +58,7 @@ def print_speeds(title, speeds):
     """The medians with the quartiles of the rounds, and how many times as fast as each other way the first one is."""
     width = max(len(title), *map(len, speeds)) + 2
     ours = next(iter(speeds))
-    print(f"\n{title:{width}}{'pictures/s':>12}{'quartiles':>24}   {ours} is")
+    print(f"\n{title:{width}}{'images/s':>12}{'quartiles':>24}   {ours} is")
     for name, values in speeds.items():
         middle = statistics.median(values)
         low, _, high = statistics.quantiles(values, method="inclusive")
@@ -67,7 +67,7 @@ def print_speeds(title, speeds):
 
 
 def plot_speeds(path, tables, device):
-    """Bars of {title: speeds}: how many pictures a second each way does, the quartiles of its rounds as a line."""
+    """Bars of {title: speeds}: how many images a second each way does, the quartiles of its rounds as a line."""
     counts = [len(speeds) for speeds in tables.values()]
     figure = Figure(figsize=(7, 0.5 + 0.35 * sum(counts) + 0.5 * len(counts)), layout="constrained")
     axes = figure.subplots(len(tables), squeeze=False, height_ratios=counts)[:, 0]
@@ -79,7 +79,7 @@ def plot_speeds(path, tables, device):
         axis.bar_label(bars, [f"{middle:,.0f}" for middle in middles], padding=8)
         axis.set(title=title, xlim=(0, 1.2 * max(middles)))
         axis.invert_yaxis()
-    axes[-1].set_xlabel(f"pictures a second, {device_name(device)}")
+    axes[-1].set_xlabel(f"images a second, {device_name(device)}")
     save_plot(path, figure)
 
 

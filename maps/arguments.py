@@ -1,15 +1,15 @@
-"""What rollout.py and attribute.py ask alike: which checkpoint, which pictures, how to draw, what to measure."""
+"""What rollout.py and attribute.py ask alike: which checkpoint, which images, how to draw, what to measure."""
 
 import argparse
 from pathlib import Path
 
 from errors import UserError
 from files import make_folder
-from maps.pictures import checkpoint_dataset, chosen_pictures, photographs
+from maps.images import checkpoint_dataset, chosen_images, photographs
 from models import build_model
+from training.arguments import Parser, at_least, between
 from training.checkpoint import load_checkpoint, rebuild_model
 from training.device import pick_device
-from training.flag_types import Parser, at_least, between
 
 
 def explaining_parser(description, methods, *, default):
@@ -17,10 +17,10 @@ def explaining_parser(description, methods, *, default):
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or a checkpoint in it")
     parser.add_argument("--which", help="which of the folder's checkpoints: last, best, epoch-10 (last)")
-    parser.add_argument("--index", type=int, nargs="+", metavar="N", help="pictures of the test set (0 1 2 3)")
+    parser.add_argument("--index", type=int, nargs="+", metavar="N", help="images of the test set (0 1 2 3)")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="photographs, of any size")
     parser.add_argument("--method", choices=(*methods, "all"), help=f"({default}; with --evaluate all)")
-    parser.add_argument("--data-dir", help="where the pictures are now (where they were)")
+    parser.add_argument("--data-dir", help="where the images are now (where they were)")
     parser.add_argument("--cache-dir", help="where decoded folders are kept (the user's cache folder)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first there is)")
 
@@ -31,8 +31,8 @@ def explaining_parser(description, methods, *, default):
     drawing.add_argument("--dpi", type=between(20, 1200), default=150, help="from 20 to 1200 (150)")
 
     measuring = parser.add_argument_group("the measure")
-    measuring.add_argument("--evaluate", action="store_true", help="score the methods on test pictures, draw none")
-    measuring.add_argument("--pictures", type=at_least(2), default=1000, metavar="N", help="how many of them (1000)")
+    measuring.add_argument("--evaluate", action="store_true", help="score the methods on test images, draw none")
+    measuring.add_argument("--num-images", type=at_least(2), default=1000, metavar="N", help="how many of them (1000)")
     measuring.add_argument("--batch-size", type=at_least(1), default=100, help="of them at once (100)")
     return parser
 
@@ -44,7 +44,7 @@ def chosen_methods(args, methods, *, default):
 
 
 def open_for_explaining(args):
-    """(checkpoint, model, the chosen pictures, None) to draw, or (checkpoint, model, None, the dataset) to evaluate."""
+    """(checkpoint, model, the chosen images, None) to draw, or (checkpoint, model, None, the dataset) to evaluate."""
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} is for a run's folder, and {args.checkpoint} is a checkpoint")
@@ -55,7 +55,7 @@ def open_for_explaining(args):
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
     if args.evaluate:
         return checkpoint, model, None, dataset
-    return checkpoint, model, chosen_pictures(dataset, args.index or range(min(4, len(dataset.test.labels)))), None
+    return checkpoint, model, chosen_images(dataset, args.index or range(min(4, len(dataset.test.labels)))), None
 
 
 def output_folder(args):

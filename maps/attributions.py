@@ -1,6 +1,6 @@
-"""Pixel attributions by Captum, at most INTERNAL_BATCH pictures at once where a method needs many passes.
+"""Pixel attributions by Captum, at most INTERNAL_BATCH images at once where a method needs many passes.
 
-Each function takes a model, normalised pictures (B, C, H, W) and classes (B,), and gives (maps, delta): maps (B, h, w),
+Each function takes a model, normalised images (B, C, H, W) and classes (B,), and gives (maps, delta): maps (B, h, w),
 not negative, and the convergence delta (B,), how far the attributions are from adding up to what they explain, where
 the method has one, else None. The baseline, where there is one, is the mean colour: zero after normalisation.
 """
@@ -11,7 +11,7 @@ from captum.attr import GradientShap, InputXGradient, IntegratedGradients, Layer
 
 from errors import UserError
 
-INTERNAL_BATCH = 256  # the most pictures that a method pushes through the model at once
+INTERNAL_BATCH = 256  # the most images that a method pushes through the model at once
 STEPS_OF_PATH = 50  # of integrated gradients
 SAMPLES = 20  # of gradient SHAP
 
@@ -21,35 +21,35 @@ def strength(attributions):
     return attributions.detach().sum(1).abs()
 
 
-def saliency(model, pictures, classes):
+def saliency(model, images, classes):
     """|∂ logit / ∂ pixel|, the largest over channels (Simonyan et al. 2014)."""
-    return Saliency(model).attribute(pictures.clone().requires_grad_(), target=classes).detach().amax(1), None
+    return Saliency(model).attribute(images.clone().requires_grad_(), target=classes).detach().amax(1), None
 
 
-def input_x_gradient(model, pictures, classes):
+def input_x_gradient(model, images, classes):
     """Pixel times gradient, from the mean colour (Shrikumar et al. 2017)."""
-    return strength(InputXGradient(model).attribute(pictures.clone().requires_grad_(), target=classes)), None
+    return strength(InputXGradient(model).attribute(images.clone().requires_grad_(), target=classes)), None
 
 
-def integrated_gradients(model, pictures, classes):
+def integrated_gradients(model, images, classes):
     """Gradients along the straight line from the mean colour (Sundararajan et al. 2017), in steps of 1/50."""
     attributions, delta = IntegratedGradients(model).attribute(
-        pictures,
+        images,
         target=classes,
         n_steps=STEPS_OF_PATH,
-        internal_batch_size=max(INTERNAL_BATCH, len(pictures)),
+        internal_batch_size=max(INTERNAL_BATCH, len(images)),
         return_convergence_delta=True,
     )
     return strength(attributions), delta
 
 
-def gradient_shap(model, pictures, classes):
-    """Expected gradients from random points between noisy pictures and the mean colour (Lundberg & Lee 2017)."""
+def gradient_shap(model, images, classes):
+    """Expected gradients from random points between noisy images and the mean colour (Lundberg & Lee 2017)."""
     np.random.seed(torch.randint(2**31, ()).item())  # Captum draws from numpy's generator as well
     found, deltas = [], []
     share = max(1, INTERNAL_BATCH // SAMPLES)
-    baselines = torch.zeros_like(pictures[:1])
-    for chunk, targets in zip(pictures.split(share), classes.split(share), strict=True):
+    baselines = torch.zeros_like(images[:1])
+    for chunk, targets in zip(images.split(share), classes.split(share), strict=True):
         attributions, delta = GradientShap(model).attribute(
             chunk, baselines, target=targets, n_samples=SAMPLES, stdevs=0.1, return_convergence_delta=True
         )
@@ -58,43 +58,43 @@ def gradient_shap(model, pictures, classes):
     return torch.cat(found), torch.cat(deltas)
 
 
-def occlusion(model, pictures, classes):
-    """How much the logit falls when a square of a quarter of the picture's side is covered (Zeiler & Fergus 2014)."""
-    channels, height, width = pictures.shape[1:]
+def occlusion(model, images, classes):
+    """How much the logit falls when a square of a quarter of the image's side is covered (Zeiler & Fergus 2014)."""
+    channels, height, width = images.shape[1:]
     window = (max(1, height // 4), max(1, width // 4))
     attributions = Occlusion(model).attribute(
-        pictures,
+        images,
         target=classes,
         sliding_window_shapes=(channels, *window),
         strides=(channels, max(1, window[0] // 2), max(1, window[1] // 2)),
         baselines=0,
-        perturbations_per_eval=max(1, INTERNAL_BATCH // len(pictures)),
+        perturbations_per_eval=max(1, INTERNAL_BATCH // len(images)),
     )
     return attributions.detach().sum(1).clamp(min=0), None
 
 
-def grad_cam(model, pictures, classes):
+def grad_cam(model, images, classes):
     """Grad-CAM (Selvaraju et al. 2017): of the last stage of a ResNet (`layer4`), or of a transformer's tokens.
 
     For tokens the features are what enters the attention of the last block: after it only the class token counts.
     Raises UserError for a model with neither.
     """
     if hasattr(model, "blocks"):
-        return token_grad_cam(model, pictures, classes), None
+        return token_grad_cam(model, images, classes), None
     if not hasattr(model, "layer4"):
         raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4")
-    cam = LayerGradCam(model, model.layer4).attribute(pictures, target=classes, relu_attributions=True)
+    cam = LayerGradCam(model, model.layer4).attribute(images, target=classes, relu_attributions=True)
     return cam.detach()[:, 0], None
 
 
-def token_grad_cam(model, pictures, classes):
+def token_grad_cam(model, images, classes):
     """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, the last time where it is used
     more than once, on the model's own grid."""
     kept = []
     hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     try:
         with torch.enable_grad():
-            logits = model(pictures)
+            logits = model(images)
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Pictures of maps: beside the photograph, layer by layer and head by head, and as matrices."""
+"""Images of maps: beside the photograph, layer by layer and head by head, and as matrices."""
 
 import torch
 from matplotlib.cm import ScalarMappable
@@ -22,64 +22,64 @@ def show_map(axes, one_map, size, *, interpolation, alpha=1.0):
     axes.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, alpha=alpha, interpolation=interpolation, extent=extent)
 
 
-def show_picture(axes, picture, title):
-    axes.imshow(picture, extent=(0, picture.shape[1], picture.shape[0], 0))
+def show_image(axes, image, title):
+    axes.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
     axes.set_title(title, fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def draw_panel(path, pictures, captions, maps, *, interpolation="bilinear", dpi=150):
-    """A row a picture: the photograph, then for each method the map over it; for a single method the map alone as well.
+def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=150):
+    """One row per image: the image, then for each method the map over it; for a single method the map alone as well.
 
-    pictures are (H, W, 3) uint8, captions their titles, maps a list of {method: (rows, columns)}.
+    images are (H, W, 3) uint8, captions their titles, maps a list of {method: (rows, columns)}.
     """
     methods = list(maps[0])
     columns = [("over", method) for method in methods]
     if len(methods) == 1:
         columns.insert(0, ("alone", methods[0]))
-    figure = Figure(figsize=(2.2 * len(columns) + 3, 2.5 * len(pictures) + 0.1), layout="constrained")
-    grid = figure.subplots(len(pictures), len(columns) + 1, squeeze=False)
-    for axes_row, picture, caption, found in zip(grid, pictures, captions, maps, strict=True):
-        show_picture(axes_row[0], picture, caption)
+    figure = Figure(figsize=(2.2 * len(columns) + 3, 2.5 * len(images) + 0.1), layout="constrained")
+    grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)
+    for axes_row, image, caption, found in zip(grid, images, captions, maps, strict=True):
+        show_image(axes_row[0], image, caption)
         for axes, (kind, method) in zip(axes_row[1:], columns, strict=True):
             name = method.replace("_", " ")
-            show_picture(axes, picture, name if kind == "over" else f"{name}, alone")
+            show_image(axes, image, name if kind == "over" else f"{name}, alone")
             alpha = 0.6 if kind == "over" else 1.0
-            show_map(axes, found[method], picture.shape[:2], interpolation=interpolation, alpha=alpha)
+            show_map(axes, found[method], image.shape[:2], interpolation=interpolation, alpha=alpha)
     scale = ScalarMappable(Normalize(0, 1), COLOURS)
-    figure.colorbar(scale, ax=grid, aspect=20 * len(pictures), label="share of the map's maximum")
+    figure.colorbar(scale, ax=grid, aspect=20 * len(images), label="share of the map's maximum")
     save_figure(figure, path, dpi)
 
 
-def draw_attributions(path, picture, caption, rows, *, interpolation="bilinear", dpi=150):
-    """A row for each (title, map (h, w)): the picture, the map alone, the map over it, and the picture masked by it."""
+def draw_attributions(path, image, caption, rows, *, interpolation="bilinear", dpi=150):
+    """A row for each (title, map (h, w)): the image, the map alone, the map over it, and the image masked by it."""
     figure = Figure(figsize=(10, 2.5 * len(rows) + 0.1), layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
-    size = picture.shape[:2]
+    size = image.shape[:2]
     for axes, (title, one_map) in zip(grid, rows, strict=True):
-        show_picture(axes[0], picture, caption)
-        show_picture(axes[1], picture, title)
+        show_image(axes[0], image, caption)
+        show_image(axes[1], image, title)
         show_map(axes[1], one_map, size, interpolation=interpolation)
-        show_picture(axes[2], picture, "over the picture")
+        show_image(axes[2], image, "over the image")
         show_map(axes[2], one_map, size, interpolation=interpolation, alpha=0.6)
         shares = to_pixels(torch.from_numpy(one_map)[None], size)[0].numpy()
         shares = shares / max(shares.max(), 1e-30)
-        show_picture(axes[3], (picture * shares[:, :, None]).astype("uint8"), "masked by it")
+        show_image(axes[3], (image * shares[:, :, None]).astype("uint8"), "masked by it")
     scale = ScalarMappable(Normalize(0, 1), COLOURS)
     figure.colorbar(scale, ax=grid, aspect=20 * len(rows), label="share of the map's maximum")
     save_figure(figure, path, dpi)
 
 
-def draw_layers(path, picture, caption, layers, *, interpolation="bilinear", dpi=150):
-    """The map of every layer (a row) and head (a column) over the picture; layers is (L, heads, rows, columns)."""
+def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=150):
+    """The map of every layer (a row) and head (a column) over the image; layers is (L, heads, rows, columns)."""
     depth, heads = layers.shape[:2]
     figure = Figure(figsize=(1.3 * heads + 0.8, 1.45 * depth + 0.4), layout="constrained")
     grid = figure.subplots(depth, heads, squeeze=False)
     for layer in range(depth):
         for head in range(heads):
-            show_picture(grid[layer, head], picture, f"layer {layer + 1}, head {head + 1}")
-            show_map(grid[layer, head], layers[layer, head], picture.shape[:2], interpolation=interpolation, alpha=0.6)
+            show_image(grid[layer, head], image, f"layer {layer + 1}, head {head + 1}")
+            show_map(grid[layer, head], layers[layer, head], image.shape[:2], interpolation=interpolation, alpha=0.6)
     scale = ScalarMappable(Normalize(0, 1), COLOURS)
     figure.colorbar(scale, ax=grid, aspect=10 * depth, label="share of each\nmap's maximum")
     figure.suptitle(caption, fontsize=9)

@@ -24,7 +24,7 @@ def pointing_game(maps, masks):
 
 
 def mass_ratio(maps, masks):
-    """(B,): the share of the map's mass inside the mask, over the mask's share of the picture; 1 for a uniform map."""
+    """(B,): the share of the map's mass inside the mask, over the mask's share of the image; 1 for a uniform map."""
     inside = (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-30)
     return inside / masks.double().mean((1, 2))
 
@@ -71,9 +71,9 @@ def against_masks(maps, masks, outlines):
 
 
 @torch.no_grad()
-def deletion_and_insertion(model, pictures, maps, classes):
-    """Two (B, STEPS + 1): the probability of `classes` (B,) while the patches of normalised pictures (B, C, H, W) are
-    replaced by the mean colour, the most relevant first, and while they come back into a picture of nothing else
+def deletion_and_insertion(model, images, maps, classes):
+    """Two (B, STEPS + 1): the probability of `classes` (B,) while the patches of normalised images (B, C, H, W) are
+    replaced by the mean colour, the most relevant first, and while they come back into an image of nothing else
     (Petsiuk et al. 2018). maps is (B, rows, columns), a value a patch.
     """
 
@@ -82,13 +82,13 @@ def deletion_and_insertion(model, pictures, maps, classes):
         return probabilities.gather(1, classes[:, None])[:, 0]
 
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    whole, empty = probability(pictures), probability(torch.zeros_like(pictures[:1]))  # the mean colour is zero
+    whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # the mean colour is zero
     deletion, insertion = [whole], [empty]
     for step in range(1, STEPS):
         chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
-        chosen = F.interpolate(chosen[:, None].float(), pictures.shape[2:], mode="nearest")
-        deletion.append(probability(pictures * (1 - chosen)))
-        insertion.append(probability(pictures * chosen))
+        chosen = F.interpolate(chosen[:, None].float(), images.shape[2:], mode="nearest")
+        deletion.append(probability(images * (1 - chosen)))
+        insertion.append(probability(images * chosen))
     return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
 
 
@@ -110,32 +110,32 @@ def mean_and_error(values):
 
 
 def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None):
-    """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all pictures.
+    """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all images.
 
-    batches yields normalised pictures (B, C, H, W); explainers are functions of (pictures, classes)
+    batches yields normalised images (B, C, H, W); explainers are functions of (images, classes)
     that give maps (B, h, w), classes being those that the model predicts. masks and outlines are (N, H, W) bool, or
     None where it is not known where the object is. A map of more pixels than patches is averaged over each patch
     before deletion and insertion, whose many passes alone are in mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
-    for pictures in batches:
+    for images in batches:
         with torch.no_grad():
-            classes = model(pictures).argmax(1)
+            classes = model(images).argmax(1)
         for name, explain in explainers.items():
-            maps = explain(pictures, classes)
+            maps = explain(images, classes)
             scores = {}
             if masks is not None:
-                stop = start + len(pictures)
+                stop = start + len(images)
                 scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
             if name != "uniform":  # it has no order
                 patches = F.adaptive_avg_pool2d(maps[:, None], model.grid)[:, 0]
                 with precision.autocast():
-                    deletion, insertion = deletion_and_insertion(model, pictures, patches, classes)
+                    deletion, insertion = deletion_and_insertion(model, images, patches, classes)
                 scores |= {"deletion": deletion, "insertion": insertion}
             for measure, values in scores.items():
                 found[name].setdefault(measure, []).append(values.cpu())
-        start += len(pictures)
+        start += len(images)
 
     table, curves = {}, {}
     for name, measures in found.items():
@@ -146,15 +146,15 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
 
 
 def baselines(grid):
-    """Maps that know nothing of the picture, beside which a number means something: uniform, Gaussian, random."""
+    """Maps that know nothing of the image, beside which a number means something: uniform, Gaussian, random."""
 
     def repeated(one):
-        return lambda pictures, classes: one.to(pictures.device).expand(len(pictures), -1, -1)
+        return lambda images, classes: one.to(images.device).expand(len(images), -1, -1)
 
     generator = torch.Generator().manual_seed(0)
 
-    def random(pictures, classes):
-        return torch.rand(len(pictures), *grid, generator=generator).to(pictures.device)
+    def random(images, classes):
+        return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
     return {
         "uniform": repeated(torch.ones(grid)),

@@ -107,7 +107,7 @@ def tokens_to_map(matrix, grid, pooling=None):
 
 
 def model_maps(model, matrix, pooling=None):
-    """Maps of a model's matrices (B, N, N): (B, rows, columns), or where the model pads its pictures (B, H, W), a value
+    """Maps of a model's matrices (B, N, N): (B, rows, columns), or where the model pads its images (B, H, W), a value
     a pixel, without what lies in the padding.
     """
     maps = tokens_to_map(matrix, model.grid, pooling)
@@ -118,15 +118,15 @@ def model_maps(model, matrix, pooling=None):
     return pixels[:, : pixels.shape[1] - bottom, : pixels.shape[2] - right]
 
 
-def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean", discard_ratio=0.0):
-    """({method: maps (B, h, w)}, logits (B, classes)) of pictures (B, C, H, W), in the model's present mode.
+def attention_maps(model, images, methods, *, targets=None, head_fusion="mean", discard_ratio=0.0):
+    """({method: maps (B, h, w)}, logits (B, classes)) of images (B, C, H, W), in the model's present mode.
 
     targets (B,) are the classes that methods with gradients explain, the predicted ones where none are given. One
     forward pass serves all methods. Raises UserError for a model without attention, or with layers of different sizes.
     """
     wants_gradients = any(method in WITH_GRADIENTS for method in methods)
     with torch.set_grad_enabled(wants_gradients), AttentionRecorder(model, gradients=wants_gradients) as recorder:
-        logits = model(pictures)
+        logits = model(images)
     tokens = list(dict.fromkeys(weights.shape[-1] for weights in recorder.weights))
     if len(tokens) > 1:
         sizes = " and ".join(map(str, tokens))
@@ -149,7 +149,7 @@ def attention_maps(model, pictures, methods, *, targets=None, head_fusion="mean"
     return maps, logits.detach()
 
 
-def maps_as_reported(model, pictures, *, join=report):
+def maps_as_reported(model, images, *, join=report):
     """Maps (B, h, w) the report's way: in training mode, with a forward pass of its own for every layer, so
     that no two layers belong to the same dropout masks. join makes one matrix of the layers. The model stays as it is.
     """
@@ -159,9 +159,9 @@ def maps_as_reported(model, pictures, *, join=report):
     try:
         model.train()
         with torch.no_grad(), AttentionRecorder(model) as recorder:
-            model(pictures)
+            model(images)
             for layer in range(len(recorder.weights)):
-                model(pictures)
+                model(images)
                 layers.append(recorder.attentions[layer])
     finally:
         model.train(training)

@@ -9,12 +9,11 @@ from errors import UserError
 from files import write_atomically
 from maps.draw import draw_deletion_curves
 from maps.evaluate import baselines, evaluate
-from maps.pictures import normalised, object_masks
-from training.device import Precision
-from training.memory import is_memory_error
+from maps.images import normalised, object_masks
+from training.device import Precision, is_memory_error
 
 # what must agree for two evaluations to stand in one table
-SAME = ("checkpoint", "model", "epoch", "data_hash", "pictures")
+SAME = ("checkpoint", "model", "epoch", "data_hash", "images")
 
 
 def table_text(table):
@@ -28,19 +27,19 @@ def table_text(table):
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
-    """Score explainers (see evaluate) and the baselines on --pictures test pictures, evenly spread over the test set.
+    """Score explainers (see evaluate) and the baselines on --num-images test images, evenly spread over the test set.
 
     Prints the table, and writes evaluation.json and deletion.png into out, with the rows of an earlier evaluation of
-    the same checkpoint on the same pictures. Returns both paths.
+    the same checkpoint on the same images. Returns both paths.
     """
     total = len(dataset.test.labels)
-    indices = torch.linspace(0, total - 1, min(args.pictures, total)).round().long()
+    indices = torch.linspace(0, total - 1, min(args.num_images, total)).round().long()
     masks, outlines = object_masks(checkpoint, dataset, indices)
     device = next(model.parameters()).device
 
     def batches():
         for chunk in tqdm(indices.split(args.batch_size), "evaluating", disable=None, unit="batch"):
-            yield normalised(dataset.test.pictures[chunk], checkpoint, device)
+            yield normalised(dataset.test.images[chunk], checkpoint, device)
 
     torch.manual_seed(0)  # for methods that draw at random
     explainers = explainers | baselines(model.grid)
@@ -57,7 +56,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "epoch": checkpoint["epoch"],
         "dataset_name": dataset.name,
         "data_hash": dataset.data_hash(),
-        "pictures": len(indices),
+        "images": len(indices),
         "patches": list(model.grid),
     }
     path = out / "evaluation.json"
@@ -68,6 +67,6 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     record |= {"scores": table, "curves": curves}
     print(table_text(table))
     write_atomically(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
-    caption = f"{len(indices)} test pictures of {dataset.name}, epoch {checkpoint['epoch']}"
+    caption = f"{len(indices)} test images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     return [path, out / "deletion.png"]

@@ -11,18 +11,18 @@ from models.attention import AttentionSpec, Block, MultiHeadAttention, attend
 
 class GraphAttention(nn.Module):
     """Graph attention on nodes (B, N, dim), all joined: A_ij = softmax over j of σ(q_i + k_j) (Veličković et al. 2018,
-    eq. 3), with q and k one number a node and head, σ LeakyReLU(0.2) by default, values and output as in a ViT block.
+    eq. 3), with q and k one number a node and head, σ LeakyReLU(0.2), values and output as in a ViT block.
 
     The scores are a broadcast sum, no matrix product; but sum, σ and softmax are (B, heads, N, N) each, and two of the
     three are kept for the backward pass, where a fused kernel keeps none. With a monotone σ every node ranks its
     neighbours alike, by k_j, and only how sharply depends on the node (Brody et al. 2022): GraphAttentionV2 mends that.
     """
 
-    def __init__(self, spec, *, activation=None):
+    def __init__(self, spec):
         super().__init__()
         self.num_heads = spec.num_heads
         self.query, self.key = (nn.Linear(spec.dim, spec.num_heads, bias=False) for _ in range(2))
-        self.activation = nn.LeakyReLU(0.2) if activation is None else activation
+        self.activation = nn.LeakyReLU(0.2)
         self.softmax = nn.Softmax(dim=-1)
         self.value = nn.Linear(spec.dim, spec.dim, bias=spec.qkv_bias)
         self.proj = nn.Linear(spec.dim, spec.dim)
@@ -42,8 +42,8 @@ class GraphAttentionV2(GraphAttention):
     al. 2022, eq. 7). It keeps two of (B, N, N, dim) for the backward pass, dim / heads times as much as GraphAttention.
     """
 
-    def __init__(self, spec, *, activation=None):
-        super().__init__(spec, activation=activation)
+    def __init__(self, spec):
+        super().__init__(spec)
         self.query, self.key = (nn.Linear(spec.dim, spec.dim, bias=False) for _ in range(2))
         self.a = nn.Parameter(torch.empty(spec.num_heads, spec.dim // spec.num_heads))
         nn.init.xavier_uniform_(self.a)

@@ -8,12 +8,11 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from errors import UserError
-from models.attention import AttentionSpec, Mlp, make_attention
-from models.dropout import Dropout
+from models.attention import AttentionSpec, Dropout, Mlp, make_attention
 
 
 def conv_tokenizer(embed_dim, *, kernel_size, layers):
-    """The CCT tokenizer, pictures (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
+    """The CCT tokenizer, images (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
 
     Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all but the last have 64 channels. Published
     with ReLU before the pooling, which gives the same from four times the work.
@@ -64,12 +63,12 @@ class SequencePooling(nn.Module):
 
 
 class CompactTransformer(nn.Module):
-    """A compact transformer (Hassani et al. 2021): pictures (B, 3, H, W) to logits (B, num_classes).
+    """A compact transformer (Hassani et al. 2021): images (B, 3, H, W) to logits (B, num_classes).
 
     image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else
     a convolution of kernel = stride = patch_size. positional_embedding is "learnable", "sine" or
     "none"; class_token stands in place of sequence pooling. drop_path grows from 0 to that rate with depth.
-    Raises UserError for a picture that is too small, or that patches do not divide, and for an unknown name.
+    Raises UserError for an image that is too small, or that patches do not divide, and for an unknown name.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -133,9 +132,9 @@ class CompactTransformer(nn.Module):
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.trunc_normal_(self.pos_embed, std=0.2)
 
-    def forward(self, pictures):
-        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
-        x = self.tokenizer(pictures).flatten(2).mT  # (B, N, dim)
+    def forward(self, images):
+        images = images.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
+        x = self.tokenizer(images).flatten(2).mT  # (B, N, dim)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
         if self.pos_embed is not None:
@@ -150,9 +149,9 @@ class CompactTransformer(nn.Module):
 
 @torch.no_grad()
 def token_grid(tokenizer, image_size):
-    """(rows, columns) of the tokens of a picture (height, width).
+    """(rows, columns) of the tokens of an image (height, width).
 
-    Raises UserError where patches do not divide the picture, and where it is so small that there is one token.
+    Raises UserError where patches do not divide the image, and where it is so small that there is one token.
     """
     if isinstance(tokenizer, nn.Conv2d):
         patch = tokenizer.stride[0]

@@ -56,10 +56,10 @@ class NanoBlock(nn.Module):
 
 
 class NanoTransformer(nn.Module):
-    """Inverted residuals down to a quarter of the picture's side, then attention blocks, each used `repeats` times.
+    """Inverted residuals down to a quarter of the image's side, then attention blocks, each used `repeats` times.
 
-    Pictures (B, 3, H, W) to logits (B, num_classes). Using a block's weights twice (Lan et al. 2020, ALBERT) buys depth
-    without parameters: with 100 classes the defaults have 466,517. Raises UserError for a picture that is too small.
+    Images (B, 3, H, W) to logits (B, num_classes). Using a block's weights twice (Lan et al. 2020, ALBERT) buys depth
+    without parameters: with 100 classes the defaults have 466,517. Raises UserError for an image that is too small.
     """
 
     no_weight_decay = ()
@@ -102,8 +102,8 @@ class NanoTransformer(nn.Module):
         self.pool = SequencePooling(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
 
-    def forward(self, pictures):
-        x = self.tokenizer(pictures.contiguous(memory_format=torch.channels_last))  # (B, dim, rows, columns)
+    def forward(self, images):
+        x = self.tokenizer(images.contiguous(memory_format=torch.channels_last))  # (B, dim, rows, columns)
         x = x.flatten(2).mT  # (B, N, dim)
         for block in self.blocks:
             for _ in range(self.repeats):

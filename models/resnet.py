@@ -1,4 +1,4 @@
-"""ResNets of torchvision's blocks, with its names and weights, for small pictures too, and attention after a stage."""
+"""ResNets of torchvision's blocks, with its names and weights, for small images too, and attention after a stage."""
 
 from functools import partial
 
@@ -9,8 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from errors import UserError
 from models.attention2d import make_attention2d
-from models.convolution import SmallMapConv2d
-from models.published import shape_of
+from models.pretrained import shape_of
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -21,7 +20,7 @@ def trunk_names(weights):
 
 
 class TrunkAndHead(nn.Module):
-    """Pictures (B, 3, H, W) to logits: a trunk, perhaps with modules `attention` in it, and a head `fc` on its mean."""
+    """Images (B, 3, H, W) to logits: a trunk, perhaps with modules `attention` in it, and a head `fc` on its mean."""
 
     no_weight_decay = ()
     class_token = False  # all positions count alike for the head
@@ -81,7 +80,7 @@ def load_imagenet_trunk(model):
 
 
 def stage_grids(image_size, stem_stride):
-    """{stage: (rows, columns)} of the feature maps of a picture, its size a number of pixels or (height, width)."""
+    """{stage: (rows, columns)} of the feature maps of an image, its size a number of pixels or (height, width)."""
     sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
     return {name: tuple(-(-size // (stem_stride * 2**i)) for size in sizes) for i, name in enumerate(STAGES)}
 
@@ -103,7 +102,7 @@ def node_grid(grids, stage, *, flag="--attention-after", patch_size=1, instead=(
         ways += ["a smaller --patch-size"] if patch_size > 1 else []
         raise UserError(
             f"{flag} {stage}: nothing to attend to, the feature map of {rows} x {columns} is a single node;"
-            f" {' or '.join(ways) or 'a larger picture'} would do"
+            f" {' or '.join(ways) or 'a larger image'} would do"
         )
     return rows // patch_size, columns // patch_size
 
@@ -120,7 +119,7 @@ def residual_stage(block, in_channels, planes, *, count, stride):
 
 
 class ResNet(TrunkAndHead):
-    """torchvision's ResNet (He et al. 2016) on pictures (B, 3, H, W), with attention after one of its stages.
+    """torchvision's ResNet (He et al. 2016) on images (B, 3, H, W), with attention after one of its stages.
 
     image_size is a number of pixels or (height, width). The stem is "imagenet", torchvision's, or "cifar" (3x3, no
     stride, no pooling), the default up to 64 pixels. width is the first stage's number of channels, or a quarter of it
@@ -175,7 +174,6 @@ class ResNet(TrunkAndHead):
         self.fc = nn.Linear(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                module.__class__ = SmallMapConv2d  # torchvision's blocks have made nn.Conv2d
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.attention = make_attention2d(
             attention,
@@ -186,9 +184,9 @@ class ResNet(TrunkAndHead):
             symmetric=symmetric,
         )
 
-    def forward(self, pictures):
-        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
-        x = self.maxpool(self.relu(self.bn1(self.conv1(pictures))))
+    def forward(self, images):
+        images = images.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for name in STAGES:
             x = getattr(self, name)(x)
             if name == self.attention_after:

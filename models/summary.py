@@ -6,11 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def summarize(model, input_shape):
-    """The table as text. input_shape is that of one picture, (C, H, W); the model is run once on zeros.
+    """The table as text. input_shape is that of one image, (C, H, W); the model is run once on zeros.
 
     A module has a row where it holds parameters itself, or multiplies matrices itself: so does one beside its children,
     such as a position embedding, or the two products of an attention. Multiply-adds are those of a forward pass of one
-    picture, in matrix products and convolutions.
+    image, in matrix products and convolutions.
     """
     shapes = {}
 

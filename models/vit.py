@@ -4,15 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention import AttentionSpec, Block
-from models.dropout import Dropout
-from models.patches import patch_grid, to_patches
+from errors import UserError
+from models.attention import AttentionSpec, Block, Dropout
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al. 2021) as the report builds it: pictures (B, C, H, W) to logits (B, num_classes).
+    """ViT (Dosovitskiy et al. 2021) as the report builds it: images (B, C, H, W) to logits (B, num_classes).
 
-    image_size is a number of pixels or (height, width); pad fills pictures that patches do not divide with zeros at the
+    image_size is a number of pixels or (height, width); pad fills images that patches do not divide with zeros at the
     right and the bottom. `grid` is (rows, columns) of patches. attention is a name in ATTENTIONS; drop_path grows from
     0 to that rate with depth. The defaults have 3,195,146 parameters. Raises UserError for sizes that do not divide
     (see patch_grid, MultiHeadAttention), and for an unknown attention.
@@ -54,11 +53,48 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
 
-    def forward(self, pictures):
-        pictures = F.pad(pictures, self.padding)
-        x = self.patch_embed(to_patches(pictures, self.patch_size))  # (B, N, dim)
+    def forward(self, images):
+        images = F.pad(images, self.padding)
+        x = self.patch_embed(to_patches(images, self.patch_size))  # (B, N, dim)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
         x = self.drop(x + self.pos_embed)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, 0]))  # (B, num_classes)
+
+
+def patch_grid(image_size, patch_size, *, pad=False):
+    """Patches down and across an image: (rows, columns).
+
+    image_size is (height, width) in pixels; with pad, a patch that the border cuts counts as a whole one.
+    Raises UserError where patches do not divide the image and pad is off.
+    """
+    if patch_size < 1:
+        raise UserError(f"--patch-size {patch_size}: must be at least 1")
+    for size in image_size:
+        if size % patch_size and not pad:
+            below = size // patch_size * patch_size
+            fits = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+            raise UserError(
+                f"--image-size {size} is not divisible by --patch-size {patch_size}: {fits} would be; --pad fills it up"
+            )
+    return tuple(-(-size // patch_size) for size in image_size)
+
+
+def to_patches(images, patch_size):
+    """Cut images (B, C, H, W) into non-overlapping patches (B, N, C*p*p), row by row; H and W are multiples of p.
+
+    Within a patch the order is channel, row, column: that of a Conv2d weight, so that a Linear on these patches is
+    the Conv2d of kernel = stride = p with the same weights.
+    """
+    p = patch_size
+    patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, H/p, W/p, p, p)
+    patches = patches.permute(0, 2, 3, 1, 4, 5)  # (B, H/p, W/p, C, p, p)
+    return patches.flatten(3).flatten(1, 2)  # (B, N, C*p*p)
+
+
+def from_patches(patches, patch_size, grid):
+    """The inverse of to_patches: (B, N, C*p*p) on a grid of (rows, columns) back to (B, C, rows*p, columns*p)."""
+    p, (rows, columns) = patch_size, grid
+    images = patches.unflatten(2, (-1, p, p)).unflatten(1, (rows, columns))  # (B, rows, columns, C, p, p)
+    return images.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)

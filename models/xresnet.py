@@ -8,13 +8,12 @@ from torch import nn
 
 from errors import UserError
 from models.attention2d import make_attention2d
-from models.convolution import SmallMapConv2d
 from models.resnet import STAGES, TrunkAndHead, node_grid, stage_grids
 
 
 def conv_bn(in_channels, out_channels, kernel_size, *, stride=1, relu=True):
     padding = kernel_size // 2
-    conv = SmallMapConv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([nn.ReLU(inplace=True)] if relu else []))
 
 
@@ -45,7 +44,7 @@ class XResBlock(nn.Module):
 
 
 class XResNet(TrunkAndHead):
-    """XResNet on pictures (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
+    """XResNet on images (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
 
     attention is "none", "sagan" or "simple", inside the last block of each stage in attention_in, after its last
     normalisation and before the skip (github.com/sdoria/SimpleSelfAttention, 2019). stem_widths of (32, 32, 64) are
@@ -98,9 +97,9 @@ class XResNet(TrunkAndHead):
                 self.grid = grid
             getattr(self, name)[-1].attention = make_attention2d(attention, channels[name], **options)
 
-    def forward(self, pictures):
-        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
-        x = self.maxpool(self.stem(pictures))
+    def forward(self, images):
+        images = images.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
+        x = self.maxpool(self.stem(images))
         for name in STAGES:
             x = getattr(self, name)(x)
         return self.fc(self.avgpool(x).flatten(1))  # (B, num_classes)

@@ -1,4 +1,4 @@
-"""What several tests need: small folders of pictures, the scripts as a user runs them, and the real pictures."""
+"""What several tests need: small folders of images, the scripts as a user runs them, and the real images."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ REPOSITORY = Path.cwd()
 TINY = ["--embed-dim", "16", "--depth", "2", "--num-heads", "2", "--device", "cpu"]
 
 
-def write_pictures(root, *, classes=("cat", "dog"), count=6, size=(40, 32), suffix=".png"):
-    """`count` random pictures a class, of one dominant colour a class, as class folders below root."""
+def write_images(root, *, classes=("cat", "dog"), count=6, size=(40, 32), suffix=".png"):
+    """`count` random images a class, of one dominant colour a class, as class folders below root."""
     rng = np.random.default_rng(0)
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -36,16 +36,16 @@ def matmul_settings():
 
 
 @pytest.fixture
-def picture_folder(tmp_path):
-    """A folder of 3 classes of 20 pictures, without splits of its own."""
-    return write_pictures(tmp_path / "pets", classes=("ant", "bee", "cat"), count=20)
+def image_folder(tmp_path):
+    """A folder of 3 classes of 20 images, without splits of its own."""
+    return write_images(tmp_path / "pets", classes=("ant", "bee", "cat"), count=20)
 
 
 @pytest.fixture
-def folder_flags(picture_folder, tmp_path):
-    """The flags of a run of a second: a tiny model on picture_folder, 2 epochs of 6 steps, written to tmp_path."""
+def folder_flags(image_folder, tmp_path):
+    """The flags of a run of a second: a tiny model on image_folder, 2 epochs of 6 steps, written to tmp_path."""
     return [
-        *("--dataset", "folder", "--data-dir", str(picture_folder), "--cache-dir", str(tmp_path / "cache")),
+        *("--dataset", "folder", "--data-dir", str(image_folder), "--cache-dir", str(tmp_path / "cache")),
         *("--out-dir", str(tmp_path / "runs"), "--epochs", "2", "--batch-size", "8", *TINY),
     ]
 

@@ -28,8 +28,8 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
 
-    def forward(self, pictures):
-        return torch.einsum("bchw,kchw->bk", pictures, self.weight)
+    def forward(self, images):
+        return torch.einsum("bchw,kchw->bk", images, self.weight)
 
 
 PICTURES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ def test_gradient_methods_on_a_linear_model():
     assert delta.shape == (3,) and delta.abs().max() < 1e-3
 
 
-def test_gradient_shap_is_near_and_has_a_delta_a_picture():
+def test_gradient_shap_is_near_and_has_a_delta_a_image():
     torch.manual_seed(0)
     maps, delta = ATTRIBUTIONS["gradient_shap"](Linear(), PICTURES, CLASSES)
     exact, _ = ATTRIBUTIONS["input_x_gradient"](Linear(), PICTURES, CLASSES)
@@ -69,25 +69,25 @@ def test_occlusion_finds_the_only_pixel_that_counts():
     assert far.max() == 0
 
 
-def test_the_batch_equals_its_pictures_one_by_one():
+def test_the_batch_equals_its_images_one_by_one():
     torch.manual_seed(0)
     model = build_model("vit", image_size=(16, 24), embed_dim=16, depth=2, num_heads=2).eval()
-    pictures, classes = torch.randn(3, 3, 16, 24), torch.tensor([1, 2, 3])
+    images, classes = torch.randn(3, 3, 16, 24), torch.tensor([1, 2, 3])
     for name, method in ATTRIBUTIONS.items():
-        maps, _ = method(model, pictures, classes)
+        maps, _ = method(model, images, classes)
         assert maps.min() >= 0 and maps.max() > 0
         if name != "gradient_shap":  # it draws at random
-            torch.testing.assert_close(method(model, pictures[1:2], classes[1:2])[0][0], maps[1], rtol=1e-3, atol=1e-5)
-    assert grad_cam(model, pictures, classes)[0].shape == (3, 4, 6)
+            torch.testing.assert_close(method(model, images[1:2], classes[1:2])[0][0], maps[1], rtol=1e-3, atol=1e-5)
+    assert grad_cam(model, images, classes)[0].shape == (3, 4, 6)
 
 
 def test_grad_cam_of_tokens_by_its_definition():
     """relu of Σ_d A_d · mean over tokens of ∂ logit / ∂ A_d, with the gradient of a copy of the model's last block."""
     torch.manual_seed(0)
     model = build_model("vit", embed_dim=16, depth=2, num_heads=2).double().eval()
-    pictures = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
-        x = model.patch_embed(torch.nn.functional.unfold(pictures, 4, stride=4).mT)
+        x = model.patch_embed(torch.nn.functional.unfold(images, 4, stride=4).mT)
         x = torch.cat([model.cls_token.expand(2, -1, -1), x], 1) + model.pos_embed
         x = model.blocks[0](x)
     features = model.blocks[1].norm1(x).detach().requires_grad_()
@@ -96,40 +96,40 @@ def test_grad_cam_of_tokens_by_its_definition():
     y = y + block.mlp(block.norm2(y))
     model.head(model.norm(y[:, 0]))[:, 5].sum().backward()
     expected = torch.relu((features * features.grad.mean(1, keepdim=True)).sum(2))[:, 1:].reshape(2, 8, 8)
-    torch.testing.assert_close(token_grad_cam(model, pictures, torch.tensor([5, 5])), expected.detach())
+    torch.testing.assert_close(token_grad_cam(model, images, torch.tensor([5, 5])), expected.detach())
 
 
 def test_grad_cam_of_tokens_where_blocks_are_used_twice():
     """Of the last use: a nudge of the features that enter it moves the logit by their gradient."""
     torch.manual_seed(0)
     model = build_model("cct_nano").double().eval()
-    pictures, classes, entered = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2]), []
+    images, classes, entered = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2]), []
     attention = model.blocks[-1].attn
     hook = attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].requires_grad_()))
-    logits = model(pictures)
+    logits = model(images)
     hook.remove()
     assert len(entered) == 2
     logits[torch.arange(2), classes].sum().backward(inputs=[entered[1]])
     expected = torch.relu((entered[1] * entered[1].grad.mean(1, keepdim=True)).sum(2)).unflatten(1, model.grid)
-    torch.testing.assert_close(grad_cam(model, pictures, classes)[0], expected.detach())
+    torch.testing.assert_close(grad_cam(model, images, classes)[0], expected.detach())
 
 
 def test_grad_cam_of_a_resnet():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=4).eval()
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     features = []
     hook = model.layer4.register_forward_hook(lambda module, inputs, output: features.append(output))
-    logits = model(pictures)
+    logits = model(images)
     hook.remove()
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), features)
     expected = torch.relu((features[0] * gradient.mean((2, 3), keepdim=True)).sum(1)).detach()
-    torch.testing.assert_close(grad_cam(model, pictures, torch.tensor([1, 1]))[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad_cam(model, images, torch.tensor([1, 1]))[0], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="grad_cam: Linear has neither blocks nor layer4"):
         grad_cam(Linear(), PICTURES, CLASSES)
 
 
-def test_pictures_are_written_for_every_class_that_is_named(run, tmp_path):
+def test_images_are_written_for_every_class_that_is_named(run, tmp_path):
     written = attribute.main([str(run), "--index", "2", "--method", "saliency", "--target", "ant", "cat"])
     assert [path.name for path in written] == ["2-saliency-ant.npy", "2-saliency-cat.npy", "2-saliency.png"]
     assert not np.array_equal(np.load(written[0]), np.load(written[1])) and Image.open(written[2]).size[0] > 800
@@ -146,8 +146,8 @@ def test_pictures_are_written_for_every_class_that_is_named(run, tmp_path):
 def test_evaluation_stands_in_one_table_with_the_attention_maps(run):
     import rollout
 
-    rollout.main([str(run), "--evaluate", "--pictures", "4"])
-    path = attribute.main([str(run), "--evaluate", "--pictures", "4"])[0]
+    rollout.main([str(run), "--evaluate", "--num-images", "4"])
+    path = attribute.main([str(run), "--evaluate", "--num-images", "4"])[0]
     assert set(json.loads(path.read_text())["scores"]) >= {"rollout", "relevance", *ATTRIBUTIONS, "uniform"}
-    path = attribute.main([str(run), "--evaluate", "--pictures", "5"])[0]  # other pictures: another table
+    path = attribute.main([str(run), "--evaluate", "--num-images", "5"])[0]  # other images: another table
     assert "rollout" not in json.loads(path.read_text())["scores"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import augment, loading, peers, scaling, train
 from benchmarks.turns import take_turns
-from comparing.speed import speed_text
+from experiments.speed import speed_text
 from models import build_model
 
 QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01"]
@@ -20,11 +20,11 @@ QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01"]
 def test_ways_take_turns_and_are_counted_by_the_clock():
     calls = []
 
-    def way(name, pictures):
+    def way(name, images):
         def run():
             calls.append(name)
             time.sleep(0.02)
-            return pictures
+            return images
 
         return run
 
@@ -39,7 +39,7 @@ def check_speeds(path, ways, capsys):
     """Each way is in the file, with its rounds, and in the table."""
     results = json.loads(path.read_text())
     printed = capsys.readouterr().out
-    for table in results["pictures_per_second"].values():
+    for table in results["images_per_second"].values():
         assert len(table) == ways and all(len(rounds) == 2 and min(rounds) > 0 for rounds in table.values())
         assert all(name in printed for name in table)
     assert results["threads"] == torch.get_num_threads() and ("times as fast" in printed) == (ways > 1)
@@ -65,8 +65,8 @@ def test_training_steps_beside_the_peers(model, ways, tmp_path, capsys, monkeypa
     check_speeds(tmp_path / "speed.json", ways, capsys)
     assert Image.open(tmp_path / "speed.png").width > 500
     results = json.loads((tmp_path / "speed.json").read_text())
-    share, gflop = results["share_of_peak"][model]["ours"], results["gflop_a_picture"][model]
-    assert share[1] == pytest.approx(statistics.median(results["pictures_per_second"][model]["ours"]) * gflop / 100)
+    share, gflop = results["share_of_peak"][model]["ours"], results["gflop_per_image"][model]
+    assert share[1] == pytest.approx(statistics.median(results["images_per_second"][model]["ours"]) * gflop / 100)
     assert 0 < results["data_share"][model] < 1
     assert gflop == pytest.approx({"vit": 1.308, "cct_6_3x1": 6.07, "cct_2_3x2": 0.2, "resnet18": 3.33}[model], rel=0.1)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
@@ -85,34 +85,34 @@ def test_ours_and_the_peers_are_models_of_one_size():
     ours = {name: build_model(name, num_classes=10) for name in ("vit", "resnet18")}
     peer = peers.plain_resnet18(10)
     peer.load_state_dict(ours["resnet18"].state_dict())
-    pictures = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(ours["resnet18"].eval()(pictures), peer.eval()(pictures), rtol=1e-4, atol=1e-4)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours["resnet18"].eval()(images), peer.eval()(images), rtol=1e-4, atol=1e-4)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours["vit"], peers.ReportViT())]
     assert counts[0] == counts[1] == 3_195_146
 
 
 def test_scaling(tmp_path, monkeypatch):
-    tiny = {"pictures": (None, (8, 4008)), "depth": ("--depth", (1, 2))}
+    tiny = {"images": (None, (8, 4008)), "depth": ("--depth", (1, 2))}
     monkeypatch.setattr(scaling, "AXES", tiny)
     small = ["--embed-dim", "16", "--num-heads", "2", "--batch-size", "4"]
-    scaling.main([*QUICK, "--axes", "pictures", "depth", "--steps", "1", *small, "--out", str(tmp_path / "speed.json")])
+    scaling.main([*QUICK, "--axes", "images", "depth", "--steps", "1", *small, "--out", str(tmp_path / "speed.json")])
     tables = json.loads((tmp_path / "speed.json").read_text())["axes"]
-    work = [tables["depth"][value]["gflop_a_picture"] for value in ("1", "2")]
+    work = [tables["depth"][value]["gflop_per_image"] for value in ("1", "2")]
     assert 1.5 < work[1] / work[0] < 2.1 and Image.open(tmp_path / "speed.png").width == 640
-    rows = tables["pictures"].values()
+    rows = tables["images"].values()
     more = [row["peak_bytes"] for row in rows]
     assert [row["bytes"] for row in rows] == [8 * 3072, 4008 * 3072] and 6e6 < more[1] - more[0] < 60e6
 
 
-def test_loading_of_large_pictures(tmp_path, capsys):
+def test_loading_of_large_images(tmp_path, capsys):
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in [f"n0{number}" for number in range(10)]:
             folder = tmp_path / "imagewoof" / split / name
             folder.mkdir(parents=True)
             for number in range(2):
-                picture = generator.integers(256, size=(20 + number, 24, 3), dtype=np.uint8)
-                Image.fromarray(picture).save(folder / f"{number}.png")
+                image = generator.integers(256, size=(20 + number, 24, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / f"{number}.png")
     options = ["--data-dir", str(tmp_path), "--image-size", "16", "--batch-size", "4", "--workers", "1"]
     loading.main([*QUICK, *options, "--out", str(tmp_path / "speed.json")])
     check_speeds(tmp_path / "speed.json", 3, capsys)

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_pictures
+from conftest import write_images
 
 from data import Split, count_classes, describe, load_dataset, split_by_class
 from errors import UserError
 
 
 def numbered_split(count=50, classes=5):
-    """Pictures whose pixels all hold their own index."""
-    pictures = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    return Split(pictures.contiguous(), torch.arange(count) % classes, np.arange(count))
+    """Images whose pixels all hold their own index."""
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    return Split(images.contiguous(), torch.arange(count) % classes, np.arange(count))
 
 
-def indices_of(pictures):
-    return pictures[:, 0, 0, 0].round().int().tolist()
+def indices_of(images):
+    return images[:, 0, 0, 0].round().int().tolist()
 
 
 def test_cifar10_as_published(cifar10_dir):
@@ -28,23 +28,23 @@ def test_cifar10_as_published(cifar10_dir):
     assert dataset.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)  # and not 0.2023, 0.1994, 0.2010
     reference = torchvision.datasets.CIFAR10(cifar10_dir, train=False)
     pixels = np.asarray(reference[7][0]).transpose(2, 0, 1)
-    assert np.array_equal(dataset.test.pictures[7].numpy(), pixels) and dataset.test.labels[7] == reference[7][1]
-    assert "train  50,000 pictures: 5,000 of each of 10 classes" in describe(dataset)
+    assert np.array_equal(dataset.test.images[7].numpy(), pixels) and dataset.test.labels[7] == reference[7][1]
+    assert "train  50,000 images: 5,000 of each of 10 classes" in describe(dataset)
     assert count_classes("cifar10", cifar10_dir) == len(dataset.classes)
 
 
 def test_cifar100_is_read_as_torchvision_has_it(tmp_path, monkeypatch):
-    """The official files are not at hand: torchvision's class is replaced by one that holds a few pictures."""
+    """The official files are not at hand: torchvision's class is replaced by one that holds a few images."""
 
-    class FewPictures:
+    class FewImages:
         def __init__(self, root, train):
             self.data = np.full((4 if train else 2, 32, 32, 3), [10, 20, 30], np.uint8)
             self.targets = [0, 1] * (2 if train else 1)
             self.classes = ["apple", "bear"]
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", FewPictures)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", FewImages)
     dataset = load_dataset("cifar100", data_dir=tmp_path, image_size=32)
-    assert dataset.train.pictures[0, :, 5, 5].tolist() == [10, 20, 30] and dataset.train.labels.tolist() == [0, 1, 0, 1]
+    assert dataset.train.images[0, :, 5, 5].tolist() == [10, 20, 30] and dataset.train.labels.tolist() == [0, 1, 0, 1]
 
 
 def test_no_network_names_the_file_and_the_folder(tmp_path, monkeypatch):
@@ -59,16 +59,16 @@ def test_no_network_names_the_file_and_the_folder(tmp_path, monkeypatch):
 
 def test_cifar_may_lie_there_as_folders(tmp_path):
     for split in ("train", "test"):
-        write_pictures(tmp_path / "cifar100" / split, count=3, size=(32, 32))
+        write_images(tmp_path / "cifar100" / split, count=3, size=(32, 32))
     dataset = load_dataset("cifar100", data_dir=str(tmp_path), image_size=32, cache_dir=tmp_path / "cache")
     assert dataset.name == "cifar100" and dataset.classes == ["cat", "dog"]
-    assert dataset.train.pictures.shape == (6, 3, 32, 32) and len(dataset.test.labels) == 6
+    assert dataset.train.images.shape == (6, 3, 32, 32) and len(dataset.test.labels) == 6
 
 
 def test_shapes_and_resizing():
     dataset = load_dataset("shapes", data_dir=None, image_size=16)
-    assert dataset.train.pictures.shape == (20_000, 3, 16, 16) and len(dataset.val.labels) == 2000
-    expected = dataset.train.pictures.double().div(255)
+    assert dataset.train.images.shape == (20_000, 3, 16, 16) and len(dataset.val.labels) == 2000
+    expected = dataset.train.images.double().div(255)
     assert dataset.mean == pytest.approx(expected.mean((0, 2, 3)).tolist(), abs=1e-9)
     assert dataset.std == pytest.approx(expected.transpose(0, 1).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
 
@@ -79,9 +79,9 @@ def test_split_by_class_takes_the_same_share_of_every_class_and_depends_on_its_s
     first, rest = split_by_class(split, 0.2, names, seed=(0, 1), flag="--val-fraction")
     assert first.labels.bincount().tolist() == [2] * 5 and rest.labels.bincount().tolist() == [8] * 5
     assert sorted([*first.names, *rest.names]) == list(range(50))
-    assert indices_of(first.pictures) == first.names.tolist()
+    assert indices_of(first.images) == first.names.tolist()
     again, _ = split_by_class(split, 0.2, names, seed=(0, 1), flag="--val-fraction")
     other, _ = split_by_class(split, 0.2, names, seed=(1, 1), flag="--val-fraction")
     assert again.names.tolist() == first.names.tolist() != other.names.tolist()
-    with pytest.raises(UserError, match="--val-fraction 0.97 leaves no training picture of class a, which has 10"):
+    with pytest.raises(UserError, match="--val-fraction 0.97 leaves no training image of class a, which has 10"):
         split_by_class(split, 0.97, names, seed=(0, 1), flag="--val-fraction")

@@ -46,7 +46,7 @@ def test_python_blocks_run(folder_flags, tmp_path, monkeypatch, capsys):
     assert scope["results"]["epochs"] == 2
     exec(loading.replace("checkpoints/vit", str(tmp_path / "runs" / "mine")), scope := {})
     assert not scope["model"].training and scope["checkpoint"]["epoch"] == 2
-    exec(recording, scope := {"model": scope["model"], "pictures": torch.zeros(2, 3, 32, 32)})
+    exec(recording, scope := {"model": scope["model"], "images": torch.zeros(2, 3, 32, 32)})
     assert scope["matrices"].shape == (2, 65, 65)
 
 

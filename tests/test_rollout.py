@@ -11,8 +11,8 @@ from PIL import Image
 import rollout as script
 import train_vit
 from errors import UserError
+from maps.images import checkpoint_dataset, normalised
 from maps.methods import METHODS, attention_maps, tokens_to_map
-from maps.pictures import checkpoint_dataset, normalised
 from models import build_model
 from training.checkpoint import load_checkpoint, rebuild_model
 
@@ -34,7 +34,7 @@ def names(paths):
     return [path.name for path in paths]
 
 
-def test_pictures_maps_and_a_panel_are_written(run, capsys):
+def test_images_maps_and_a_panel_are_written(run, capsys):
     written = script.main([str(run), "--index", "0", "3", "--method", "all"])
     expected = [f"{i}-{what}" for i in (0, 3) for what in ("all.png", *(f"{method}.npy" for method in METHODS))]
     assert names(written) == [*expected, "panel-all.png"] and written[0].parent == run / "maps"
@@ -43,8 +43,8 @@ def test_pictures_maps_and_a_panel_are_written(run, capsys):
 
     checkpoint = load_checkpoint(run)
     model = rebuild_model(checkpoint, build_model)
-    pictures = normalised(checkpoint_dataset(checkpoint).test.pictures[[0, 3]], checkpoint)
-    maps, _ = attention_maps(model, pictures, METHODS)
+    images = normalised(checkpoint_dataset(checkpoint).test.images[[0, 3]], checkpoint)
+    maps, _ = attention_maps(model, images, METHODS)
     for method in METHODS:
         saved = np.load(run / "maps" / f"3-{method}.npy")
         np.testing.assert_allclose(saved, maps[method][1], rtol=0, atol=1e-6)
@@ -71,7 +71,7 @@ def test_photographs_of_any_size(run, tmp_path, size):
 
 def test_layers_and_matrix(run, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(script, "draw_layers", lambda path, picture, caption, maps, **look: drawn.update(layers=maps))
+    monkeypatch.setattr(script, "draw_layers", lambda path, image, caption, maps, **look: drawn.update(layers=maps))
     monkeypatch.setattr(script, "draw_matrix", lambda path, matrix, caption, **look: drawn.update(matrix=matrix))
     written = script.main([str(run), "--index", "1", "--layers", "--matrix"])
     assert names(written)[2:] == ["1-layers.png", "1-matrix.png"]
@@ -101,10 +101,10 @@ def test_head_fusion_discard_ratio_and_target_arrive(run):
 
 
 def test_evaluation_of_shapes(shapes_run, capsys):
-    written = script.main([str(shapes_run), "--evaluate", "--pictures", "40", "--batch-size", "30"])
+    written = script.main([str(shapes_run), "--evaluate", "--num-images", "40", "--batch-size", "30"])
     record = json.loads(written[0].read_text())
     scores = record["scores"]
-    assert record["pictures"] == 40 and record["patches"] == [8, 8] and record["epoch"] == 1
+    assert record["images"] == 40 and record["patches"] == [8, 8] and record["epoch"] == 1
     assert set(scores) >= {*METHODS, "report, as it was run", "uniform", "centred gaussian", "random"}
     mean, error = scores["uniform"]["pointing"]
     assert 0.13 < mean < 0.17 and 0 < error < 0.02 and scores["uniform"]["mass_ratio"][0] == pytest.approx(1)
@@ -119,7 +119,9 @@ def test_evaluation_of_shapes(shapes_run, capsys):
 
 
 def test_evaluation_where_the_object_is_not_known(run):
-    record = json.loads(script.main([str(run), "--evaluate", "--pictures", "6", "--method", "rollout"])[0].read_text())
+    record = json.loads(
+        script.main([str(run), "--evaluate", "--num-images", "6", "--method", "rollout"])[0].read_text()
+    )
     assert set(record["scores"]["rollout"]) == {"deletion", "insertion"}
     assert set(record["scores"]) == {"rollout", "rollout, run that way", "uniform", "centred gaussian", "random"}
 
@@ -138,10 +140,10 @@ def test_which_checkpoint(run, capsys):
 
 
 def test_mistakes_are_named(run, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "file").write_text("")
     for flags, message in {
-        ("--index", "99"): "--index 99: there are 12 test pictures, 0 to 11",
+        ("--index", "99"): "--index 99: there are 12 test images, 0 to 11",
         ("--index", "-1"): "--index -1",
         ("--image", str(tmp_path / "broken.jpg")): "broken.jpg cannot be decoded",
         ("--image", str(tmp_path / "missing.jpg")): "missing.jpg cannot be decoded",

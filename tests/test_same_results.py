@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from conftest import write_pictures
+from conftest import write_images
 
 RECORD = Path("tests/data/same_results.json")
 SMALL_VIT = "--embed-dim 16 --depth 2 --num-heads 2"
@@ -24,7 +23,8 @@ COMMANDS = {
     "cct strong": "train_cct --recipe strong --model cct_nano_once --drop-path 0.1 --clip-grad 1 --reprob 0.5",
     "resnet survey": "train_resnet_attn --recipe survey --width 8 --attention graph",
     "resnet strong": "train_resnet_attn --recipe strong --width 8 --attention classic --cutout 12",
-    "xresnet woof": "train_resnet_attn --recipe woof --model xresnet18 --stem-widths 8 8 8 --image-size 72 --attention simple",
+    "xresnet woof": "train_resnet_attn --recipe woof --model xresnet18 --stem-widths 8 8 8"
+    " --image-size 72 --attention simple",
 }
 
 
@@ -61,16 +61,16 @@ def twenty_steps(command, folder):
     return [float(row["train_loss"]), float(row["test_loss"])], digest.hexdigest()
 
 
-def write_images(folder):
+def write_dataset(folder):
     classes = ("ant", "bee", "cat", "dog")
-    write_pictures(folder / "images" / "train", classes=classes, count=40, size=(96, 80))
-    write_pictures(folder / "images" / "test", classes=classes, count=5, size=(96, 80))
+    write_images(folder / "images" / "train", classes=classes, count=40, size=(96, 80))
+    write_images(folder / "images" / "test", classes=classes, count=5, size=(96, 80))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("same")
-    write_images(folder)
+    write_dataset(folder)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_twenty_steps_end_where_they_did(name, folder):
 if __name__ == "__main__":
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"losses": {}, "weights": {}}
     with tempfile.TemporaryDirectory() as place:
-        write_images(Path(place))
+        write_dataset(Path(place))
         found = {name: twenty_steps(command, place) for name, command in COMMANDS.items()}
     if "--losses" in sys.argv or not record["losses"]:
         record["losses"] = {name: losses for name, (losses, _) in found.items()}

@@ -13,10 +13,10 @@ from training.checkpoint import load_checkpoint, rebuild_model
 
 
 @pytest.fixture
-def cct_flags(picture_folder, tmp_path):
-    """The flags of a run of seconds: the smallest CCT on picture_folder, 2 epochs of 6 steps, written to tmp_path."""
+def cct_flags(image_folder, tmp_path):
+    """The flags of a run of seconds: the smallest CCT on image_folder, 2 epochs of 6 steps, written to tmp_path."""
     return [
-        *("--dataset", "folder", "--data-dir", str(picture_folder), "--cache-dir", str(tmp_path / "cache")),
+        *("--dataset", "folder", "--data-dir", str(image_folder), "--cache-dir", str(tmp_path / "cache")),
         *("--out-dir", str(tmp_path / "runs"), "--model", "cct_2_3x2", "--image-size", "16", "--device", "cpu"),
         *("--epochs", "2", "--batch-size", "8"),
     ]

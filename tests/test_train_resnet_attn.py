@@ -12,10 +12,10 @@ from models.resnet import trunk_names
 
 
 @pytest.fixture
-def resnet_flags(picture_folder, tmp_path):
-    """The flags of a run of a second: a narrow ResNet18 on picture_folder, an epoch of 6 steps, written to tmp_path."""
+def resnet_flags(image_folder, tmp_path):
+    """The flags of a run of a second: a narrow ResNet18 on image_folder, an epoch of 6 steps, written to tmp_path."""
     return [
-        *("--dataset", "folder", "--data-dir", str(picture_folder), "--cache-dir", str(tmp_path / "cache")),
+        *("--dataset", "folder", "--data-dir", str(image_folder), "--cache-dir", str(tmp_path / "cache")),
         *("--out-dir", str(tmp_path / "runs"), "--width", "4", "--device", "cpu", "--epochs", "1", "--batch-size", "8"),
     ]
 
@@ -53,7 +53,7 @@ def test_without_freeze_the_trunk_goes_on_learning_and_a_cut_run_goes_on(resnet_
     assert not torch.equal(weights_of(trunk)["conv1.weight"], weights_of(tmp_path / "runs" / "trained")["conv1.weight"])
 
 
-def test_pictures_are_normalised_as_the_trunk_knows_them(resnet_flags, tmp_path):
+def test_images_are_normalised_as_the_trunk_knows_them(resnet_flags, tmp_path):
     train_resnet_attn.main(resnet_flags)
     trunk = tmp_path / "runs" / "resnet18"
     checkpoint = torch.load(trunk / "last.pt", weights_only=True) | {"mean": [0.1, 0.2, 0.3], "std": [0.7, 0.8, 0.9]}
@@ -85,7 +85,7 @@ def test_an_xresnet_by_the_recipe_of_its_time_and_no_rollout_of_its_block(resnet
         rollout.main([str(tmp_path / "runs" / "xresnet18"), "--index", "0"])
 
 
-def test_strong_is_light_in_short_runs_and_has_crops_for_large_pictures():
+def test_strong_is_light_in_short_runs_and_has_crops_for_large_images():
     chosen, strong = train_resnet_attn.chosen_recipe, train_resnet_attn.STRONG
     assert chosen({"recipe": "strong"}) == ("strong", strong) and strong["cutout"]
     assert chosen({"recipe": "strong", "epochs": 29})[1] == strong | {"cutout": 0}

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, error_line, run_train_vit, same_weights, write_pictures
+from conftest import REPOSITORY, error_line, run_train_vit, same_weights, write_images
 from PIL import Image
 
 import models.vit
@@ -41,7 +41,7 @@ def test_a_run_writes_what_it_promises(folder_flags, tmp_path, capsys):
         "split.csv",
     }
     assert json.loads((folder / "result.json").read_text()) == result
-    assert result["dataset_name"] == "pets" and result["pictures"] == {"train": 36, "val": 12, "test": 12}
+    assert result["dataset_name"] == "pets" and result["images"] == {"train": 36, "val": 12, "test": 12}
     assert result["recipe"] == "report" and result["args"]["lr"] == 5e-4 and "data_dir" not in result["args"]
     assert result["epochs"] == 2 and result["device"] and result["torch"] == torch.__version__
     assert len(result["data_hash"]) == 64 and result["test_accuracy_at_best_val"] is not None
@@ -154,7 +154,7 @@ def test_patience_ends_a_run_that_does_not_get_better(folder_flags, tmp_path):
         [*folder_flags, "--epochs", "50", "--val-fraction", "0.1", "--patience", "2", "--lr", "1e-9"]
     )
     assert result["epochs"] == 3 and result["args"]["epochs"] == 50
-    with pytest.raises(UserError, match="--patience 2 needs validation pictures: --val-fraction"):
+    with pytest.raises(UserError, match="--patience 2 needs validation images: --val-fraction"):
         train_vit.main([*folder_flags, "--patience", "2"])
 
 
@@ -162,9 +162,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     original = models.vit.VisionTransformer.forward
     calls = []
 
-    def forward(self, pictures):
+    def forward(self, images):
         calls.append(self.training)
-        return original(self, pictures) * (float("nan") if sum(calls) == 9 else 1)
+        return original(self, images) * (float("nan") if sum(calls) == 9 else 1)
 
     monkeypatch.setattr(models.vit.VisionTransformer, "forward", forward)
     with pytest.raises(UserError, match="the loss is not finite: epoch 2, step 3, learning rate 5e-05"):
@@ -178,7 +178,7 @@ def test_a_bug_keeps_its_traceback(folder_flags, tmp_path):
     code = """
 import sys, models.vit, train_vit
 from errors import run_script
-def forward(self, pictures):
+def forward(self, images):
     raise ValueError("planted")
 models.vit.VisionTransformer.forward = forward
 run_script(train_vit.main)
@@ -276,7 +276,7 @@ def test_a_mistake_is_named(message, tmp_path):
 
 def test_a_mistake_is_one_line_and_exit_code_2(folder_flags, tmp_path):
     assert "--epochs: must be at least 1" in error_line(run_train_vit("--epochs", 0))
-    (tmp_path / "pets" / "ant" / "000.png").write_bytes(b"no picture")
+    (tmp_path / "pets" / "ant" / "000.png").write_bytes(b"no image")
     assert "ant/000.png cannot be decoded" in error_line(run_train_vit(*folder_flags))
     assert not (tmp_path / "runs").exists()
 
@@ -302,13 +302,13 @@ def test_resuming_another_run_names_what_differs(folder_flags, tmp_path, monkeyp
     with pytest.raises(UserError, match="the model there is cct_6_3x1"):
         train_vit.main(["--resume", str(run)])
     (run / "last.pt").write_bytes(before)
-    write_pictures(tmp_path / "pets", classes=("dodo",), count=20)
-    with pytest.raises(UserError, match="has the classes ant, bee, cat, the pictures ant, bee, cat, dodo"):
+    write_images(tmp_path / "pets", classes=("dodo",), count=20)
+    with pytest.raises(UserError, match="has the classes ant, bee, cat, the images ant, bee, cat, dodo"):
         train_vit.main(["--resume", str(run)])
     shutil.rmtree(tmp_path / "pets" / "dodo")
     for path in (tmp_path / "pets" / "ant").iterdir():
         Image.new("RGB", (32, 32)).save(path)
-    with pytest.raises(UserError, match="the training pictures are not those of the run to resume"):
+    with pytest.raises(UserError, match="the training images are not those of the run to resume"):
         train_vit.main(["--resume", str(run)])
     assert (run / "last.pt").read_bytes() == before
 

@@ -3,7 +3,6 @@
 import argparse
 
 from errors import UserError
-from training.flag_types import Parser, at_least, between, fraction, positive, positive_fraction, probability, share
 
 # what may differ between a run and its resumption; every other flag is part of what the run is
 FREE_FLAGS = (
@@ -35,26 +34,26 @@ def make_parser(description, *, recipes, datasets, policies):
     parser.add_argument("--recipe", choices=recipes, help="which defaults to take; any flag overrides them")
     parser.add_argument("--summary", action="store_true", help="print the model layer by layer, and train nothing")
 
-    data = parser.add_argument_group("pictures")
+    data = parser.add_argument_group("images")
     data.add_argument(
         "--dataset", choices=datasets, help="shapes needs no download; folder is a folder of class folders"
     )
-    data.add_argument("--data-dir", help="where the pictures are, or are downloaded to (datasets)")
+    data.add_argument("--data-dir", help="where the images are, or are downloaded to (datasets)")
     data.add_argument("--dataset-name", help="what results call a folder (its own name)")
     data.add_argument(
         "--image-size",
         type=at_least(1),
         metavar="PIXELS",
-        help="resize pictures to this; above 64 cut a folder's (%(default)s)",
+        help="resize images to this; above 64 cut a folder's (%(default)s)",
     )
     data.add_argument(
         "--crop-pct",
         type=share,
         metavar="F",
-        help="what the square cut from a large test picture is of its short side (%(default)s)",
+        help="what the square cut from a large test image is of its short side (%(default)s)",
     )
     data.add_argument(
-        "--val-fraction", type=fraction, metavar="F", help="split F of the training pictures off, to choose by"
+        "--val-fraction", type=fraction, metavar="F", help="split F of the training images off, to choose by"
     )
     data.add_argument(
         "--test-fraction", type=positive_fraction, metavar="F", help="of a folder without test/ (%(default)s)"
@@ -65,15 +64,15 @@ def make_parser(description, *, recipes, datasets, policies):
         "--cache-gib",
         type=at_least(0, float),
         metavar="GIB",
-        help="of large pictures in memory (a quarter of the free)",
+        help="of large images in memory (a quarter of the free)",
     )
     data.add_argument(
         "--workers", type=at_least(0), metavar="N", help="processes that decode larger sets (one a core, 16 at most)"
     )
 
-    augment = parser.add_argument_group("augmentation, another draw for every picture")
+    augment = parser.add_argument_group("augmentation, another draw for every image")
     augment.add_argument(
-        "--hflip", type=probability, metavar="P", help="mirror a picture; 0 where left and right matter (%(default)s)"
+        "--hflip", type=probability, metavar="P", help="mirror an image; 0 where left and right matter (%(default)s)"
     )
     augment.add_argument(
         "--crop-padding", type=at_least(0), metavar="PIXELS", help="shift by up to so many pixels (%(default)s)"
@@ -96,13 +95,13 @@ def make_parser(description, *, recipes, datasets, policies):
     augment.add_argument("--reprob", type=probability, metavar="P", help="erase a random rectangle (%(default)s)")
     augment.add_argument("--cutout", type=at_least(0), metavar="PIXELS", help="erase a random square (%(default)s)")
     augment.add_argument(
-        "--mixup", type=at_least(0, float), metavar="ALPHA", help="blend pairs of pictures, for long runs (%(default)s)"
+        "--mixup", type=at_least(0, float), metavar="ALPHA", help="blend pairs of images, for long runs (%(default)s)"
     )
     augment.add_argument(
         "--cutmix",
         type=at_least(0, float),
         metavar="ALPHA",
-        help="paste a box of another picture; with --mixup, either for every second batch (%(default)s)",
+        help="paste a box of another image; with --mixup, either for every second batch (%(default)s)",
     )
 
     training = parser.add_argument_group("training")
@@ -218,7 +217,7 @@ def complete_arguments(parser, given, recipe):
         if low > high:
             raise UserError(f"--{name} {low} {high}: the first must not be above the second")
     if args.scale and args.scale[1] > 1:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the picture (1)")
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the image (1)")
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
     args.data_dir = args.data_dir or "datasets"
@@ -228,7 +227,7 @@ def complete_arguments(parser, given, recipe):
 def check_model_flags(given, model_flags, model):
     """Raises UserError for a flag given that only other models take; model_flags is {model: the flags that it takes}.
 
-    --image-size is one of the pictures, too, and fits every model.
+    --image-size is one of the images, too, and fits every model.
     """
     for name in given.keys() - {"image_size"}:
         takers = [other for other, flags in model_flags.items() if name in flags]
@@ -256,3 +255,71 @@ def resumed_arguments(given, checkpoint, folder, *, models):
     changed = {name: value for name, value in given.items() if name in FREE_FLAGS}
     limits = dict.fromkeys(("minutes", "cache_gib", "workers"))  # they are a sitting's and a machine's, not the run's
     return argparse.Namespace(**{**saved, **limits, **changed})
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def at_least(low, kind=int):
+    """A flag's type: a number not below low."""
+
+    def convert(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type by it
+    return convert
+
+
+def between(low, high):
+    """A flag's type: a whole number from low to high."""
+
+    def convert(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+
+    convert.__name__ = "int"
+    return convert
+
+
+def fraction(text):
+    """A flag's type: a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return value
+
+
+def positive(text):
+    """A flag's type: a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def positive_fraction(text):
+    positive(text)
+    return fraction(text)
+
+
+def share(text):
+    """A flag's type: a number above 0, up to 1."""
+    positive(text)
+    return probability(text)
+
+
+def probability(text):
+    """A flag's type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value

@@ -120,7 +120,7 @@ def load_checkpoint(path, *, which="last", device="cpu"):
     return checkpoint
 
 
-def judged_weights(checkpoint):
+def evaluated_weights(checkpoint):
     """The weights that a checkpoint's accuracies are of: averaged ones where there are any."""
     return checkpoint["ema"] or checkpoint["weights"]
 
@@ -128,7 +128,7 @@ def judged_weights(checkpoint):
 def weights_alone(checkpoint):
     """What is kept of a finished run's checkpoint: all but what only going on with it would need."""
     return checkpoint | {
-        "weights": judged_weights(checkpoint),
+        "weights": evaluated_weights(checkpoint),
         "ema": None,
         "optimizer": {},
         "schedule": {},
@@ -139,19 +139,19 @@ def weights_alone(checkpoint):
 def rebuild_model(checkpoint, build_model):
     """The model of a checkpoint as it was judged, in evaluation mode; build_model(name, **model_args) makes it."""
     model = build_model(checkpoint["model"], **checkpoint["model_args"])
-    model.load_state_dict(judged_weights(checkpoint))
+    model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
 
-def check_same_pictures(checkpoint, dataset):
+def check_same_images(checkpoint, dataset):
     """Raises UserError where a dataset is not the one that the checkpoint was trained on."""
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
-        raise UserError(f"the run to resume has the classes {there}, the pictures {here}")
+        raise UserError(f"the run to resume has the classes {there}, the images {here}")
     now = torch.tensor([dataset.mean, dataset.std])
     if not torch.allclose(now, torch.tensor([checkpoint["mean"], checkpoint["std"]]), rtol=0, atol=1e-6):
         raise UserError(
-            "the training pictures are not those of the run to resume: their mean or standard deviation differs"
+            "the training images are not those of the run to resume: their mean or standard deviation differs"
         )
 
 

@@ -1,10 +1,12 @@
 """The device, the precision that it computes in, and what it calls itself."""
 
+import contextlib
 import ctypes
 import functools
 import platform
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -142,3 +144,81 @@ def peak_memory_bytes(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+LONG = 1_000_000  # images to train on in all from which --compile auto compiles for a GPU
+
+
+def compiled_forward(model, args, *, device, num_images):
+    """What to call in training: model, or on the same weights what torch.compile makes of it, as --compile says.
+
+    auto compiles on CUDA alone, with CUDA graphs, and only for long runs of num_images an epoch: compiling takes a
+    minute or more. On two Zen 5 cores it took four minutes for a ResNet18, whose steps then took an eighth longer.
+    Batches of another size than --batch-size, the last of an epoch, go through the model as it is. Where nothing can
+    be compiled that is said in one line.
+    """
+    long_run = device.type == "cuda" and args.epochs * num_images >= LONG
+    if args.compile == "off" or (args.compile == "auto" and not long_run):
+        return model
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"warning: --compile {args.compile}: {reason}; going on without it", file=sys.stderr)
+        return model
+    compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+    def forward(images):
+        return (compiled if len(images) == args.batch_size else model)(images)
+
+    return forward
+
+
+def is_memory_error(error):
+    """Whether an exception says that memory is used up: a GPU's, or the host's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def memory_watched(run):
+    """A context in which used up memory is a UserError (see memory_error)."""
+    try:
+        yield
+    except Exception as error:
+        if is_memory_error(error):
+            raise memory_error(error, run) from error
+        raise
+
+
+def memory_error(error, run):
+    """A UserError with the batch size, what it took, and the largest batch that should fit (on a GPU)."""
+    took, fits = "", ""
+    traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
+    if run.device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(run.device)
+        took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
+        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and wanted more"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            if size := largest_batch(run):
+                fits = f"; {size} should fit"
+    kept = f"; {run.folder}/last.pt is from before" if (run.folder / "last.pt").exists() else ""
+    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{kept}")
+
+
+def largest_batch(run):
+    """The largest power of two that should fit, from what a forward and backward pass on eight images takes; 0 where
+    the weights alone take all there is."""
+    device, size = run.device, run.args.image_size
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with run.precision.autocast():
+        run.model(torch.zeros(8, 3, size, size, device=device)).sum().backward()
+    a_image = (torch.cuda.max_memory_allocated(device) - held) / 8
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and what the optimiser may not have yet
+    most = max(0, int(0.9 * room / a_image))
+    return 2 ** (most.bit_length() - 1) if most else 0

@@ -51,7 +51,7 @@ def epoch_line(row, epochs):
         for split in ("train", "val", "test")
         if row[f"{split}_loss"] is not None
     )
-    speed = f"{row['seconds']:7.1f} s {row['images_per_second']:7,.0f} pictures/s"
+    speed = f"{row['seconds']:7.1f} s {row['images_per_second']:7,.0f} images/s"
     return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
 
 
@@ -107,7 +107,7 @@ def write_split(path, dataset):
 
 
 def write_predictions(path, logits, dataset):
-    """predictions.npz: logits (N, classes) float32, labels (N,) and names (N,) of the test pictures, and classes."""
+    """predictions.npz: logits (N, classes) float32, labels (N,) and names (N,) of the test images, and classes."""
     labels, names = dataset.test.labels.numpy(), dataset.test.names
     arrays = {"logits": logits.cpu().numpy(), "labels": labels, "names": names, "classes": np.array(dataset.classes)}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
@@ -146,7 +146,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "trained_params": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
         "params_without_embedding": count_parameters(run.model, leave_out="pos_embed"),
         "dataset_name": dataset.name,
-        "pictures": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
+        "images": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
         "num_classes": len(dataset.classes),
         "data_hash": dataset.data_hash(),
         "epochs": len(history),

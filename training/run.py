@@ -11,8 +11,8 @@ from pathlib import Path
 from errors import UserError
 from files import make_folder
 from training.checkpoint import (
-    check_same_pictures,
-    judged_weights,
+    check_same_images,
+    evaluated_weights,
     make_checkpoint,
     open_checkpoint,
     restore_training,
@@ -115,13 +115,13 @@ class Run:
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
 
     @property
-    def judged_model(self):
+    def evaluated_model(self):
         """The model that is validated, and that is the result: with averaged weights where there are any."""
         return self.average.module if self.average else self.model
 
     def resume(self, checkpoint):
-        """Go back to where a checkpoint left a run. Raises UserError where the pictures are not those of that run."""
-        check_same_pictures(checkpoint, self.dataset)
+        """Go back to where a checkpoint left a run. Raises UserError where the images are not those of that run."""
+        check_same_images(checkpoint, self.dataset)
         restore_training(checkpoint, self)
         self.first_epoch = self.epoch
 
@@ -165,7 +165,7 @@ class Run:
             "epoch": self.epoch + 1,
             "lr": self.sums["lr"],
             "seconds": self.sums["seconds"] + seconds,
-            "images_per_second": self.sums["pictures"] / self.sums["seconds"],
+            "images_per_second": self.sums["images"] / self.sums["seconds"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         for split, (loss, accuracy) in {"train": means(self.sums), **judged}.items():
@@ -202,19 +202,19 @@ class Run:
         if self.epoch < self.args.epochs:  # out of patience
             self.write()
         folder = self.folder
-        judge = {"model": self.judged_model, "batches": test, "precision": self.precision}
+        judge = {"model": self.evaluated_model, "batches": test, "precision": self.precision}
         _, test_accuracy, logits = validate(**judge)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         at_best_val = None
         if (folder / "best.pt").exists():
-            self.judged_model.load_state_dict(judged_weights(open_checkpoint(folder / "best.pt", self.device)))
+            self.evaluated_model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(**judge)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
         print(f"test accuracy {test_accuracy:.2%} after epoch {self.epoch}")
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None:
-            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test pictures: no result)")
+            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
         print(f"draw its attention maps: python rollout.py {folder}")

@@ -1,0 +1,152 @@
+"""Batches of images on the device: in which order they come, and how they are augmented."""
+
+from functools import partial
+
+import torch
+from torchvision.transforms import v2
+
+from pipeline.augment import (
+    cutout,
+    normalize,
+    padded_crop,
+    random_erasing,
+    random_flip,
+    random_resized_crop,
+    random_rotation,
+)
+from pipeline.crops import crop_batches
+from pipeline.large import LargeImages
+from pipeline.policies import POLICIES
+from seeding import seed_for
+
+RATIO = (3 / 4, 4 / 3)  # of a random resized crop where --ratio is not given: torchvision's
+
+
+class Batches:
+    """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (images, labels).
+
+    Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float where mix has mixed
+    them. All images lie on the device as uint8; LargeImages come as `crops`, from crop_batches. With a seed, the
+    order follows from (seed, epoch), and all else that is drawn from (seed, epoch, step): each of transforms is applied
+    to the uint8 images, each of float_transforms to the normalised ones, as transform(images, generator), and then
+    mix(images, labels), which draws from torch's global generator. Without a seed images come in order, as they
+    are. With drop_last those that are left over from an epoch's whole batches wait for the next one.
+    """
+
+    def __init__(
+        self,
+        split,
+        *,
+        batch_size,
+        mean,
+        std,
+        device,
+        seed=None,
+        drop_last=False,
+        crops=None,
+        transforms=(),
+        float_transforms=(),
+        mix=None,
+    ):
+        self.crops, self.images = crops, None if crops else split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
+        whole, left = divmod(len(self.labels), batch_size)
+        self.steps_per_epoch = whole if whole and (drop_last or not left) else whole + 1
+
+    def batches(self, epoch=0, start_step=0):
+        generator = torch.Generator()
+        order = torch.arange(len(self.labels))
+        if self.seed is not None:
+            order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+        parts = order.split(self.batch_size)[: self.steps_per_epoch]
+        chosen = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
+        if self.crops:
+            cut = self.crops([(part.numpy(), epoch, step) for step, part in enumerate(parts) if step >= start_step])
+        else:
+            cut = (self.images[indices] for indices in chosen[start_step:])
+        for step, images in enumerate(cut, start_step):
+            images, labels = images.to(self.device, non_blocking=True), self.labels[chosen[step]]
+            if self.seed is not None:
+                generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
+            for transform in self.transforms:
+                images = transform(images, generator)
+            images = normalize(images, self.mean, self.std)
+            for transform in self.float_transforms:
+                images = transform(images, generator)
+            if self.mix:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed_for("mixing", self.seed, epoch, step))
+                    images, labels = self.mix(images, labels)
+            yield images, labels
+
+
+def image_transforms(args, *, cropped=False):
+    """The random transforms of uint8 images that the flags ask for, in the order in which they are applied.
+
+    Where these are `cropped` already, --scale is not among them.
+    """
+    if args.aa != "none":
+        yield partial(POLICIES[args.aa], fill=args.fill)
+    if args.hflip:
+        yield partial(random_flip, p=args.hflip)
+    if args.crop_padding:
+        yield partial(padded_crop, padding=args.crop_padding)
+    if args.scale and not cropped:
+        yield partial(random_resized_crop, scale=args.scale, ratio=args.ratio or RATIO)
+    if args.rotate:
+        yield partial(random_rotation, degrees=args.rotate, fill=args.fill)
+
+
+def normalised_transforms(args):
+    """The same for transforms of normalised images."""
+    if args.reprob:
+        yield partial(random_erasing, p=args.reprob)
+    if args.cutout:
+        yield partial(cutout, size=args.cutout)
+
+
+def mixing(args, num_classes):
+    """MixUp or CutMix of a batch, each as often where both are asked for; None where neither is."""
+    mixes = []
+    if args.mixup:
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
+    if args.cutmix:
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def training_batches(dataset, args, device):
+    """Batches of the training images, shuffled and augmented as the flags say."""
+    crops = None
+    if isinstance(dataset.train.images, LargeImages):
+        crops = crop_batches(
+            dataset.train.images,
+            scale=args.scale,
+            ratio=args.ratio or RATIO,
+            seed=args.seed,
+            device=device,
+            cache_gib=args.cache_gib,
+            workers=args.workers,
+        )
+    return Batches(
+        dataset.train,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        seed=args.seed,
+        drop_last=args.drop_last,
+        crops=crops,
+        transforms=tuple(image_transforms(args, cropped=bool(crops))),
+        float_transforms=tuple(normalised_transforms(args)),
+        mix=mixing(args, len(dataset.classes)),
+    )
+
+
+def evaluation_batches(dataset, split, args, device):
+    """Batches of a Split in order, as they are; large ones, since no gradient is kept, but for a small --batch-size."""
+    size = min(256, 4 * args.batch_size)
+    return Batches(split, batch_size=size, mean=dataset.mean, std=dataset.std, device=device)

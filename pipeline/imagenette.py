@@ -1,0 +1,74 @@
+"""fastai's Imagenette and Imagewoof: ten classes of ImageNet each, easy ones and ten breeds of dogs."""
+
+import os
+import sys
+from pathlib import Path
+
+from torchvision.datasets.utils import download_and_extract_archive
+
+from errors import UserError
+
+IMAGENETTES = ("imagenette", "imagewoof")
+URL = "https://s3.amazonaws.com/fast-ai-imageclas"
+MD5_SUMS = {  # Imagenette's as torchvision has them; Imagewoof's as catalyst has them, beside the same of Imagenette
+    "imagenette2-160": "e793b78cc4c9e9a4ccc0c1155377a412",
+    "imagenette2-320": "3df6f0d01a2c9592104656642f5e78a3",
+    "imagewoof2-160": "3d200a7be99704a0d7509be2a9fbfe15",
+    "imagewoof2-320": "0f46d997ec2264e97609196c95897a44",
+}
+READABLE = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+    "n02086240": "Shih-Tzu",
+    "n02087394": "Rhodesian ridgeback",
+    "n02088364": "beagle",
+    "n02089973": "English foxhound",
+    "n02093754": "Border terrier",
+    "n02096294": "Australian terrier",
+    "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog",
+    "n02111889": "Samoyed",
+    "n02115641": "dingo",
+}
+
+
+def find_imagenette(name, data_dir, image_size):
+    """The folder of imagenette or imagewoof, with train/ and val/: data_dir/imagewoof, or the archive's.
+
+    The archive is that of 160 pixels up to --image-size 128, else of 320, as fastai takes them; it is downloaded and
+    checked where it is missing. Raises UserError where it cannot be.
+    """
+    archive = f"{name}2-{160 if image_size <= 128 else 320}"
+    folder = Path(data_dir, archive)
+    for found in (Path(data_dir, name), folder):
+        if (found / "train").is_dir():
+            return found
+    partial_folder = Path(data_dir, f".{archive}.part")  # so that what is there was unpacked to its end
+    try:
+        download_and_extract_archive(f"{URL}/{archive}.tgz", data_dir, partial_folder, md5=MD5_SUMS[archive])
+        os.replace(partial_folder / archive, folder)
+        partial_folder.rmdir()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
+            f"put {archive}.tgz or its folder {archive} there, or say where it is by --data-dir"
+        ) from error
+    return folder
+
+
+def warn_of_seen_images(name):
+    """Say of weights of ImageNet, on stderr, which of the images that are to judge them they were trained on."""
+    if name in IMAGENETTES:
+        print(
+            f"warning: --pretrained: most test images of {name} are training images of ImageNet, which the weights"
+            " have seen",
+            file=sys.stderr,
+        )

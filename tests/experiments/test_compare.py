@@ -1,0 +1,390 @@
+"""compare.py on results that were made up: groups, closed-form statistics, tests, scores, tables, plots, bad input."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+import compare
+from errors import UserError
+from experiments.runs import group_runs, read_runs, summarise
+from experiments.score import PUBLISHED, parameter_score
+from experiments.significance import Comparison, compare_accuracies, holm, verdicts, welch_interval
+
+
+def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), **changes):
+    """A result as a training script leaves it, at root/name-seed-K.json, and a log beside it if there is a curve."""
+    args = {"recipe": "report", "dataset": dataset, "seed": seed, "epochs": 2, "lr": 0.1, "device": None}
+    result = {
+        **{"script": "train_vit.py", "args": args | changes.pop("args", {}), "params": 1_000_000, "data_hash": "aa"},
+        **{"dataset_name": dataset, "epochs": 2, "seed": seed, "test_accuracy": accuracy, "val_accuracy": None},
+        **{"device": "AMD EPYC", "seconds": 90, **changes},
+    }
+    path = root / f"{name}-seed-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    if curve:
+        lines = ["epoch,val_accuracy,test_accuracy", *(f"{epoch},,{value}" for epoch, value in enumerate(curve, 1))]
+        path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Two rows of a plan with three seeds each, and a single run of another name."""
+    for seed, (plain, better) in enumerate([(0.50, 0.60), (0.52, 0.61), (0.54, 0.65)]):
+        write_measured(tmp_path, "drop/plain", seed, plain, curve=(plain / 2, plain))
+        write_measured(tmp_path, "drop/better", seed, better, curve=(better / 2, better), args={"lr": 0.2})
+    write_measured(tmp_path, "alone", 0, 0.4321, params=12_345)
+    return tmp_path
+
+
+@pytest.fixture
+def plan(tmp_path):
+    rows = [("plain", 0.1), ("better", 0.2), ("open", 0.3)]
+    row = '[[rows]]\nname = "{}"\nscript = "train_vit.py"\narguments = "--lr {}"\n'
+    path = tmp_path / "drop.toml"
+    path.write_text('title = "A title"\nbaseline = "plain"\nseeds = 3\n' + "".join(row.format(*each) for each in rows))
+    return path
+
+
+def lines_of(capsys, *argv):
+    compare.main(list(map(str, argv)))
+    return capsys.readouterr().out.splitlines()
+
+
+# Statistics
+
+
+def test_mean_deviation_and_interval_are_the_textbooks():
+    mean, deviation, (low, high) = summarise([1.0, 2.0, 3.0])
+    assert (mean, deviation) == (2.0, 1.0)
+    assert high - mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6) and mean - low == pytest.approx(high - mean)
+    assert summarise([0.5]) == (0.5, None, None)
+
+
+def test_welch_interval_is_the_textbooks():
+    """With equal variances and numbers its degrees of freedom are n + m - 2: here 4, whose quantile is 2.776."""
+    low, high = welch_interval([4.0, 5.0, 6.0], [1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(2.776445 * math.sqrt(2 / 3))
+    assert welch_interval([1.0], [1.0, 2.0]) is None and welch_interval([2.0, 2.0], [1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "paired", "floor"),
+    [(3, True, 0.25), (5, True, 0.0625), (6, True, 0.03125), (3, False, 0.1), (4, False, 2 / 70)],
+)
+def test_the_smallest_p_that_so_many_seeds_can_give(seeds, paired, floor):
+    high, low = ({seed: base + seed / 1000 for seed in range(seeds)} for base in (0.9, 0.1))
+    comparison = compare_accuracies(high, low, paired=paired)
+    assert comparison.floor == pytest.approx(floor) and comparison.difference == pytest.approx(0.8)
+    assert comparison.p_value == (pytest.approx(floor) if floor <= 0.05 else None)
+
+
+def test_p_values_are_counted_out():
+    differences = dict(enumerate([1.0, 2.0, 3.0, 4.0, 5.0, -1.0]))
+    # their sum is 14; three of the 64 ways to put signs before 1 2 3 4 5 1 reach it: 16, and 14 with either 1 taken off
+    assert compare_accuracies(differences, dict.fromkeys(range(6), 0.0), paired=True).p_value == pytest.approx(
+        2 * 3 / 64
+    )
+    a, b = {0: 1.0, 1: 5.0, 2: 6.0, 3: 7.0}, {0: 2.0, 1: 3.0, 2: 4.0, 3: 0.0}
+    # seven of the 70 halves of 0 ... 7 add up to 19 or more: 4567 3567 2567 1567 3467 2467 3457
+    assert compare_accuracies(a, b, paired=False).p_value == pytest.approx(2 * 7 / 70)
+
+
+def test_pairs_are_of_the_seeds_that_both_have():
+    comparison = compare_accuracies({0: 0.5, 1: 0.7, 5: 0.9}, {1: 0.6, 0: 0.5, 2: 0.1}, paired=True)
+    assert comparison.difference == pytest.approx(0.05) and comparison.floor == 0.5
+    assert compare_accuracies({0: 0.5}, {1: 0.5}, paired=True) is None
+
+
+def test_a_single_run_is_never_tested():
+    comparison = compare_accuracies({0: 0.9}, {seed: seed / 100 for seed in range(39)}, paired=False)
+    assert comparison.p_value is None and verdicts([comparison])[0].startswith("none, N is too small")
+
+
+def test_holm_by_hand():
+    assert (
+        holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.9, 0.8]) == [1, 1] and holm([]) == []
+    )
+
+
+def test_no_verdict_where_the_correction_puts_it_out_of_reach():
+    """Four seeds against four reach 0.029 alone, and 0.057 beside another comparison; too few are not counted."""
+    strong, weak = Comparison(0.1, None, 2 / 70, 2 / 70), Comparison(-0.1, None, 0.25, None)
+    assert verdicts([strong, weak]) == ["better, p = 0.029", "none, N is too small: p cannot go below 0.25"]
+    assert verdicts([strong, strong]) == ["none, N is too small: p cannot go below 0.0571"] * 2
+    six = Comparison(-0.1, None, 2 / 924, 0.01)
+    assert verdicts([six, six._replace(p_value=0.3)]) == ["worse, p = 0.02", "no difference shown, p = 0.3"]
+
+
+# Groups and tables
+
+
+def test_the_listing_has_a_line_for_runs_that_differ_in_the_seed_alone(measured, capsys):
+    write_measured(measured, "drop/plain", 7, 0.9, args={"lr": 0.7})  # another experiment under that name
+    (measured / "maps").mkdir()
+    (measured / "maps" / "x.json").write_text("{}")
+    out = lines_of(capsys, "--results", measured)
+    assert [line.split() for line in out[1:]] == [
+        ["alone", "cifar10", "2", "12,345", "43.21", "%", "-", "1", "AMD", "EPYC"],
+        [
+            "drop/better",
+            "cifar10",
+            "2",
+            "1,000,000",
+            "62.00",
+            "±",
+            "2.65",
+            "%",
+            "55.43",
+            "to",
+            "68.57",
+            "3",
+            "AMD",
+            "EPYC",
+        ],
+        [
+            "drop/plain",
+            "cifar10",
+            "2",
+            "1,000,000",
+            "52.00",
+            "±",
+            "2.00",
+            "%",
+            "47.03",
+            "to",
+            "56.97",
+            "3",
+            "AMD",
+            "EPYC",
+        ],
+        ["drop/plain", "cifar10", "2", "1,000,000", "90.00", "%", "-", "1", "AMD", "EPYC"],
+    ]
+    assert len({line.index("AMD") for line in out[1:]} | {out[0].index("device")}) == 1
+
+
+def test_nothing_measured_yet(tmp_path, capsys):
+    assert lines_of(capsys, "--results", tmp_path) == [f"there are no runs in {tmp_path} yet"]
+
+
+def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
+    (measured / "broken.json").write_text("{")
+    (measured / "list.json").write_text("[]")
+    (measured / "empty.json").write_text("{}")
+    write_measured(measured, "odd", 0, "much")
+    write_measured(measured, "alone-copy", 0, 0.5, params=12_345).rename(measured / "alone.json")
+    groups = group_runs(read_runs(measured))
+    assert {group.name: len(group.runs) for group in groups} == {"alone": 1, "drop/better": 3, "drop/plain": 3}
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 5 and all(line.startswith(f"warning: {measured}") for line in warnings)
+    for said in (
+        "broken.json is left out",
+        "list.json",
+        "it has no script",
+        "test_accuracy cannot be",
+        "seed 0 of alone is",
+    ):
+        assert said in "\n".join(warnings)
+
+
+def test_two_groups_side_by_side(measured, capsys):
+    out = "\n".join(lines_of(capsys, "--results", measured, "plain", measured / "drop/better-seed-1.json"))
+    assert (
+        "drop/better - drop/plain  unpaired  +10.00  +4.52 to +15.48  none, N is too small: p cannot go below 0.1"
+        in out
+    )
+    assert "permutation" not in out
+    out = "\n".join(lines_of(capsys, "--results", measured, "--paired", "drop/plain", "drop/better"))
+    assert "  paired  +10.00  +7.52 to +12.48  none, N is too small: p cannot go below 0.25" in out
+
+
+def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
+    for seed in (3, 4):
+        write_measured(measured, "drop/plain", seed, 0.5)
+        write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2})
+    out = "\n".join(lines_of(capsys, "--results", measured, "plain", "better"))
+    assert "better, p = 0.0079\np: two-sided permutation test over seeds, exact" in out  # 2 of 252
+
+
+def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path, capsys):
+    """One point better on every seed, where the seeds lie ten points apart: only pairs can show it."""
+    starts = 'script = "train_cct.py"\narguments = ""\n'
+    trunk = f'title = "T"\nseeds = 6\n[[rows]]\nname = "trunk"\n{starts}'
+    end = f'[[rows]]\nname = "end"\n{starts}init_from = "trunk"\n'
+    path = tmp_path / "p.toml"
+    path.write_text(trunk + end + end.replace('"end"', '"block"') + 'against = "end"\n')
+    for seed in range(6):
+        for name, accuracy in (("trunk", 0.5), ("end", 0.3 + seed / 10), ("block", 0.31 + seed / 10)):
+            start = None if name == "trunk" else f"trunk-seed-{seed}"
+            write_measured(measured, f"p/{name}", seed, accuracy, script="train_cct.py", init_from=start)
+    lines = lines_of(capsys, "--results", measured, str(path))
+    assert ["block", "-", "end", "paired", "+1.00", "+1.00", "to", "+1.00", "better,", "p", "=", "0.031"] in [
+        line.split() for line in lines
+    ]
+
+
+def test_another_dataset_is_not_compared(measured, capsys):
+    write_measured(measured, "hard", 0, 0.3, dataset="cifar100")
+    out = lines_of(capsys, "--results", measured, "plain", "hard")
+    assert out[-2] == "hard and drop/plain are not compared: cifar10 and cifar100"
+
+
+def test_by_validation_accuracy(measured, capsys):
+    for seed, accuracy in enumerate([0.70, 0.80]):
+        write_measured(measured, "tuned", seed, 0.1, val_accuracy=accuracy)
+    out = lines_of(capsys, "--results", measured, "--by", "val", "tuned", "alone")
+    assert "val accuracy" in out[0] and "75.00 ± 7.07 %" in out[1] and " - " in out[2] and len(out) == 4
+
+
+def test_a_plan_against_its_baseline(measured, plan, capsys):
+    out = lines_of(capsys, "--results", measured, plan)
+    assert out[0] == "A title (drop)" and [line.split()[0] for line in out[2:5]] == ["plain", "better", "open"]
+    assert "not yet measured" in out[4] and out[7].startswith("better - plain") and len(out) == 9
+
+
+# README.md
+
+
+def test_tables_between_markers(measured, plan, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    before = f"# Title\n\n<!-- table: {plan} -->\nold\n<!-- end table -->\n\ntext\n"
+    readme.write_text(before)
+    compare.main(["--readme", str(readme), "--results", str(measured)])
+    lines = readme.read_text().splitlines()
+    assert lines[2:11] == [
+        f"<!-- table: {plan} -->",
+        f"A title, `python campaign.py {plan}`:",
+        "",
+        "| name | dataset | epochs | parameters | test accuracy | 95 % interval | N | device |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| plain | cifar10 | 2 | 1,000,000 | 52.00 ± 2.00 % | 47.03 to 56.97 | 3 | AMD EPYC |",
+        "| better | cifar10 | 2 | 1,000,000 | 62.00 ± 2.65 % | 55.43 to 68.57 | 3 | AMD EPYC |",
+        "",
+        "Not yet measured: `open`.",
+    ]
+    assert lines[11:] == ["<!-- end table -->", "", "text"]
+    assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
+
+
+def test_a_gpu_has_its_minutes_beside_its_name(measured, plan):
+    about = {"device": "NVIDIA T4", "device_type": "cuda"}
+    for seed in range(3):
+        write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2}, seconds=60 * seed, **about)
+    lines = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured).splitlines()
+    assert lines[3].endswith("| N | minutes a run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
+    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |")
+
+
+def test_a_plan_that_was_never_run_names_its_rows(plan, tmp_path):
+    text = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", tmp_path)
+    assert text.splitlines()[1:4] == [
+        f"A title, `python campaign.py {plan}`:",
+        "",
+        "Not yet measured: `plain`, `better`, `open`.",
+    ]
+
+
+def test_a_table_by_validation_accuracy(measured, plan):
+    for seed in range(3):
+        write_measured(measured, "drop/plain", seed, 0.5, val_accuracy=0.7)
+    text = compare.filled_tables(f"<!-- table: {plan} by val -->\n<!-- end table -->\n", measured)
+    assert f"<!-- table: {plan} by val -->" in text and "| epochs | parameters | val accuracy |" in text
+    assert "| plain | cifar10 | 2 | 1,000,000 | 70.00 ± 0.00 % |" in text
+
+
+def test_ratios_of_speed_and_what_they_cost(tmp_path):
+    about = {"device": "AMD EPYC", "threads": 2, "torch": "2.15", "peak_gflops": {"float32": 400, "bfloat16": 800.4}}
+    vit = {"ours": [39, 30, 20], "ours in float32": [14, 16, 15], "timm": [10, 11, 9]}
+    shares = {"vit": {"ours": ("bfloat16", 0.491), "ours in float32": ("float32", 0.6)}}
+    cost = {"gflop_per_image": {"vit": 1.308}, "share_of_peak": shares, "data_share": {"vit": 0.0091}}
+    held = {"vit": {way: 2**30 for way in vit}}
+    (tmp_path / "speed").mkdir()
+    file = tmp_path / "speed" / "train.json"
+    results = {**about, "images_per_second": {"vit": vit, "cct": {"ours": [1], "other": [4]}}}
+    for more, rows in (({}, 2), ({**cost, "peak_bytes": held}, 5)):
+        file.write_text(json.dumps({**results, **more}))
+        text = compare.filled_tables("<!-- speed: train -->\nold\n<!-- end table -->\nafter\n", tmp_path)
+        lines = text.splitlines()
+        peaks = "400 GFLOP/s in float32, 800 GFLOP/s in bfloat16"
+        assert lines[1] == f"AMD EPYC, 2 CPU threads, torch 2.15; matrix product: {peaks}:"
+        assert "| what | against | times as fast: ours | times as fast: ours in float32 |" in lines
+        assert lines[-1] == "after"
+        assert "| vit | timm | 3.0 | 1.5 |" in lines and "| cct | other | 0.2 | - |" in lines
+        assert len([line for line in lines if line.startswith(("| vit", "| cct"))]) == rows
+    assert "| vit | ours | 1.31 | 49 % in bfloat16 | 0.9 % | 1,024 |" in lines
+    assert "| vit | timm | - | - | - | 1,024 |" in lines
+    file.write_text("{}")
+    with pytest.raises(UserError, match="train.json was not written by a benchmark"):
+        compare.filled_tables("<!-- speed: train -->\n<!-- end table -->", tmp_path)
+    text = compare.filled_tables("<!-- speed: gpu -->\n<!-- end table -->", tmp_path)
+    assert text.splitlines()[1] == "`gpu`: not yet measured"
+
+
+# Score and plots
+
+
+def test_the_score_and_what_was_published():
+    assert parameter_score(0.75145, 3_191_397) == pytest.approx(161.2, abs=0.05)
+    scores = {point.name: round(parameter_score(point.accuracy, point.params)) for point in PUBLISHED}
+    assert scores == {
+        "CondenseNet-86": 1223,
+        "CCT-6/3x1": 212,
+        "CCT-7/3x1": 187,
+        "CCT-6/3x1, report": 161,
+        "CCT-4/3x2": 95,
+    }
+
+
+def test_scores_are_of_cifar100_with_both_counts(measured, capsys):
+    for seed, accuracy in enumerate([0.71, 0.73]):
+        write_measured(measured, "hard", seed, accuracy, dataset="cifar100", params_without_embedding=800_000)
+    write_measured(measured, "harder", 0, 0.75, dataset="cifar100")
+    out = lines_of(capsys, "--results", measured, "--score", "--plot", measured / "score.png")
+    assert out[1].split() == ["harder", "75.00", "%", "1", "1,000,000", "500", "-", "-", "here"]
+    assert out[2].split() == ["hard", "72.00", "%", "2", "1,000,000", "200", "800,000", "250", "here"]
+    assert len(out) == 3 + len(PUBLISHED) and Image.open(measured / "score.png").size == (960, 660)
+    lines_of(capsys, "--results", measured / "drop", "--score", "--plot", measured / "published.png")
+
+
+def test_curves(measured, capsys, tmp_path):
+    plot = tmp_path / "curves.png"
+    lines_of(capsys, "--results", measured, "plain", "better", "alone", "--plot", plot)
+    assert Image.open(plot).size == (960, 600)
+    with pytest.raises(UserError, match=r"--plot .*none of these runs has its log"):
+        compare.main(["--results", str(measured), "alone", "--plot", str(plot)])
+    (measured / "alone-seed-0.csv").write_text("epoch,test_accuracy\n1,much\n")
+    with pytest.raises(UserError):
+        compare.main(["--results", str(measured), "alone", "--plot", str(plot)])
+    err = capsys.readouterr().err
+    assert (
+        f"warning: {measured / 'alone-seed-0.csv'} is left out of the plot: No such file" in err and "no log of" in err
+    )
+
+
+BAD_COMPARISONS = {
+    "there is no such run in": ["nothing"],
+    "stands for 2 groups of runs; name a file of one": ["plain"],
+    "x.toml cannot be read": ["x.toml"],
+    "take no names": ["alone", "--score"],
+    "needs names of runs": ["--plot", "x.png"],
+    "--readme README.txt cannot be read": ["--readme", "README.txt"],
+    "there is no line <!-- table": ["--readme", "requirements.txt"],
+    "invalid choice: 'train'": ["--by", "train"],
+    "there is no such folder": ["--results", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("said", BAD_COMPARISONS)
+def test_bad_input_is_one_line(measured, said):
+    write_measured(measured, "other/plain", 0, 0.5)
+    with pytest.raises(UserError) as error:
+        compare.main(["--results", str(measured), *BAD_COMPARISONS[said]])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_marker_that_is_not_closed(measured, plan):
+    with pytest.raises(UserError, match=r"is not followed by <!-- end table -->"):
+        compare.filled_tables(f"<!-- table: {plan} -->\ntext\n", measured)

@@ -1,0 +1,200 @@
+import csv
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from errors import UserError
+from training.checkpoint import save_checkpoint
+from training.device import Precision
+from training.optimizer import multistep_schedule
+from training.outputs import draw_curves, epoch_line
+from training.run import Run, choose_folder, is_best, prepare_folder
+
+
+def history(*val_accuracies, lr=0.1):
+    return [
+        {
+            "epoch": epoch + 1,
+            "lr": lr if epoch < 3 else lr / 10,
+            "train_loss": 2 / (epoch + 1),
+            "train_accuracy": 0.3,
+            "val_loss": 1.5,
+            "val_accuracy": accuracy,
+            "test_loss": None,
+            "test_accuracy": None,
+            "seconds": 61.23,
+            "images_per_second": 812.3,
+            "peak_memory_bytes": 10**9,
+        }
+        for epoch, accuracy in enumerate(val_accuracies)
+    ]
+
+
+def choose(tmp_path, **given):
+    return choose_folder(given, default_name="vit", default_dir=tmp_path)
+
+
+def test_runs_are_numbered_until_a_name_is_free(tmp_path):
+    assert choose(tmp_path) == (tmp_path / "vit", False)
+    for name in ("vit", "vit-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    assert choose(tmp_path) == (tmp_path / "vit-3", False)
+    assert choose(tmp_path, resume="auto") == (tmp_path / "vit", True)
+    assert choose(tmp_path, resume=str(tmp_path / "vit-2")) == (tmp_path / "vit-2", True)
+    assert choose(tmp_path, resume="auto", run_name="new") == (tmp_path / "new", False)
+    assert choose(tmp_path, overwrite=True) == (tmp_path / "vit", False)
+    assert choose(tmp_path, out_dir=str(tmp_path / "mounted"), run_name="a") == (tmp_path / "mounted" / "a", False)
+    with pytest.raises(UserError, match="--run-name vit: .* exists; --resume .* --overwrite"):
+        choose(tmp_path, run_name="vit")
+    with pytest.raises(UserError, match="--resume .*nothing: there is no last.pt"):
+        choose(tmp_path, resume=str(tmp_path / "nothing"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run cannot be written"):
+        prepare_folder(tmp_path / "file" / "run", resuming=False)
+
+
+def test_a_replaced_run_leaves_only_what_no_run_wrote(tmp_path):
+    for name in ("last.pt", "epoch-3.pt", "result.json", "notes.txt", "another.pt"):
+        (tmp_path / name).touch()
+    prepare_folder(tmp_path, resuming=True)
+    assert len(list(tmp_path.iterdir())) == 5
+    prepare_folder(tmp_path, resuming=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another.pt", "notes.txt"]
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert choose(tmp_path, resume="auto", run_name="mine") == (folder, False)
+    (folder / "result.json").touch()
+    with pytest.raises(UserError, match="mine is finished, but has no last.pt; --overwrite"):
+        choose(tmp_path, resume="auto", run_name="mine")
+
+
+def small_run(folder, **options):
+    """A Run of one linear layer on nothing in particular."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = {"epochs": 9, "seed": 0, "image_size": 1, "sched": "multistep", "save_epochs": [1, 3], "patience": None}
+    return Run(
+        folder,
+        script="train_vit.py",
+        args=Namespace(**args | options),
+        model_name="linear",
+        model_args={},
+        model=model,
+        dataset=Namespace(classes=["a", "b"], mean=[0.5], std=[0.5]),
+        optimizer=optimizer,
+        schedule=multistep_schedule(optimizer, epochs=9, steps_per_epoch=1),
+        precision=Precision("off", torch.device("cpu")),
+        device=torch.device("cpu"),
+    )
+
+
+def end_epoch(run, *, writing_seconds=0.0, **judged):
+    """End one; the writing before it took writing_seconds."""
+    run.writing_seconds = writing_seconds
+    run.sums |= {"images": 4, "seconds": 2.0, "lr": 0.1}
+    run.end_epoch(judged, seconds=0.5)
+
+
+def test_patience_counts_epochs_since_the_best(tmp_path):
+    def out(*accuracies, patience=2):
+        run = small_run(tmp_path, patience=patience)
+        run.history = history(*accuracies)
+        return run.out_of_patience()
+
+    assert not out() and not out(0.5, 0.4) and not out(0.5, 0.4, 0.6) and not out(0.5, 0.4, 0.3, patience=None)
+    assert out(0.5, 0.4, 0.5)  # as good is not better
+
+
+def test_an_epoch_keeps_the_checkpoints_that_it_earns(tmp_path):
+    run = small_run(tmp_path)
+    for accuracy in (0.4, 0.6, 0.5):
+        end_epoch(run, val=(1.0, accuracy))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"last.pt", "last.prev.pt", "best.pt", "epoch-1.pt", "epoch-3.pt", "log.csv", "curves.png"}
+    assert torch.load(tmp_path / "best.pt")["epoch"] == 2 and torch.load(tmp_path / "epoch-1.pt")["epoch"] == 1
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_accuracy"] for row in rows] == ["0.4", "0.6", "0.5"] and rows[0]["test_loss"] == ""
+    assert rows[2]["seconds"] == "2.5" and rows[2]["images_per_second"] == "2.0" and rows[2]["lr"] == "0.1"
+
+
+def test_killed_while_an_epoch_is_written_nothing_of_it_is_missed(tmp_path, monkeypatch):
+    """last.pt says where to go on, so it comes after all that a resumed run would not write again."""
+    run = small_run(tmp_path)
+    end_epoch(run, val=(1.0, 0.4))
+
+    def killed(path, checkpoint):
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        save_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr("training.run.save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        end_epoch(run, val=(1.0, 0.6))
+    assert torch.load(tmp_path / "last.pt")["epoch"] == 1 and torch.load(tmp_path / "best.pt")["epoch"] == 2
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
+def test_short_epochs_are_written_together_and_each_as_it_was(tmp_path):
+    run = small_run(tmp_path)
+    end_epoch(run, val=(1.0, 0.4))
+    for accuracy in (0.6, 0.5):
+        run.model.weight.data.fill_(accuracy)
+        end_epoch(run, val=(1.0, accuracy), writing_seconds=1000)
+    run.model.weight.data.fill_(7)
+    assert not (tmp_path / "epoch-3.pt").exists()
+    assert torch.load(tmp_path / "last.pt")["epoch"] == torch.load(tmp_path / "best.pt")["epoch"] == 1
+    run.write()
+    for name, epoch, weight in (("best", 2, 0.6), ("epoch-3", 3, 0.5), ("last", 3, 7)):
+        checkpoint = torch.load(tmp_path / f"{name}.pt")
+        assert checkpoint["epoch"] == len(checkpoint["history"]) == epoch
+        assert checkpoint["weights"]["weight"].item() == pytest.approx(weight)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4 and not run.unwritten
+
+
+def test_the_last_epoch_is_written_however_short(tmp_path):
+    run = small_run(tmp_path, epochs=2)
+    for accuracy in (0.4, 0.6):
+        end_epoch(run, val=(1.0, accuracy), writing_seconds=1000)
+    assert torch.load(tmp_path / "last.pt")["epoch"] == torch.load(tmp_path / "best.pt")["epoch"] == 2
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
+    run = small_run(tmp_path)
+    with pytest.raises(UserError, match="the val loss of epoch 1 is not finite"):
+        end_epoch(run, val=(float("nan"), 0.1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_best_means_strictly_better():
+    assert is_best(history(0.4), "val_accuracy") and not is_best(history(0.4, 0.4), "val_accuracy")
+    assert not is_best(history(0.4), "test_accuracy")
+
+
+def test_curves_mark_where_the_learning_rate_fell(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    for mark in (True, False):
+        draw_curves(tmp_path / "curves.png", history(*np.linspace(0.2, 0.7, 6)), mark_falls=mark)
+    marked, plain = (figure.axes for figure in drawn)
+    for axes, losses in ((marked, "loss"), (plain, "loss")):
+        assert [line.get_label() for line in axes[0].lines][:2] == ["train", "val"] and losses in axes[0].get_ylabel()
+    assert [line.get_xdata()[0] for line in marked[0].lines[2:]] == [3.5] and len(plain[0].lines) == 2
+    assert marked[1].lines[1].get_ydata()[-1] == pytest.approx(70)
+
+
+def test_epoch_lines_are_aligned():
+    rows = history(0.5, 1.0)
+    rows[1]["epoch"], rows[1]["images_per_second"] = 100, 12345.6
+    lines = [epoch_line(row, 100) for row in rows]
+    assert len(lines[0]) == len(lines[1]) and "val 1.5000  50.00%" in lines[0]
