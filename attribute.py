@@ -1,4 +1,4 @@
-"""Draw which pixels a model's decision rests on, by Captum's attributions, or measure how good these are.
+"""Draw which pixels a model's decision depends on, by Captum's attributions, or measure how good these are.
 
     python attribute.py checkpoints/vit --index 3
     python attribute.py checkpoints/vit --image photo.jpg --method integrated_gradients --target cat ship
@@ -7,26 +7,24 @@
 Unlike rollout.py it needs no attention in the model.
 """
 
-import numpy as np
 import torch
 
 from errors import run_script
-from files import write_atomically
-from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
 from maps.attributions import ATTRIBUTIONS
-from maps.draw import draw_attributions
+from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
+from maps.draw import draw_attributions, save_map
 from maps.images import caption_of, find_class, normalised
-from maps.record import evaluate_checkpoint
 
 
 def attribute_parser():
-    parser = explaining_parser(__doc__, tuple(ATTRIBUTIONS), default="integrated_gradients")
-    parser.add_argument("--target", nargs="+", metavar="CLASS", help="the classes to explain (the predicted one)")
+    parser = maps_parser(__doc__, tuple(ATTRIBUTIONS), default="integrated_gradients")
+    help_text = "the classes to explain, one row each (default: the predicted one)"
+    parser.add_argument("--target", nargs="+", metavar="CLASS", help=help_text)
     return parser
 
 
-def attribute_images(args, model, checkpoint, chosen, out):
-    """Write an image each: a row for every method and class; and the raw maps. Returns the paths."""
+def draw_image_attributions(args, model, checkpoint, chosen, out):
+    """Write one figure per image, with a row per method and class, and the raw maps; returns the paths."""
     classes = checkpoint["classes"]
     targets = [find_class(name, classes) for name in args.target or ()]
     methods = chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
@@ -34,9 +32,9 @@ def attribute_images(args, model, checkpoint, chosen, out):
     device = next(model.parameters()).device
     written = []
     for explained in chosen:
-        inputs = normalised(explained.pixels[None], checkpoint, device)
+        inputs = normalised(explained.pixels[None], checkpoint, device)  # (1, 3, S, S)
         with torch.no_grad():
-            probabilities = model(inputs)[0].softmax(0).cpu()
+            probabilities = model(inputs)[0].softmax(0).cpu()  # (classes,)
         rows = []
         for method in methods:
             for target in targets or [int(probabilities.argmax())]:
@@ -44,32 +42,30 @@ def attribute_images(args, model, checkpoint, chosen, out):
                 title = f"{method.replace('_', ' ')}\n{classes[target]} ({probabilities[target]:.0%})"
                 if delta is not None:
                     title += f", delta {delta.item():+.3f}"
-                one_map = maps[0].cpu().numpy()
-                rows.append((title, one_map))
-                path = out / f"{explained.name}-{method}-{classes[target]}.npy"
-                write_atomically(path, lambda file, one_map=one_map: np.save(file, one_map))
-                written.append(path)
-        path = out / f"{explained.name}-{label}.{args.format}"
+                rows.append((title, maps[0].cpu().numpy()))
+                written.append(out / f"{explained.name}-{method}-{classes[target]}.npy")
+                save_map(written[-1], rows[-1][1])
+        written.append(out / f"{explained.name}-{label}.{args.format}")
         caption = caption_of(explained, probabilities, classes)
-        draw_attributions(path, explained.shown, caption, rows, interpolation=args.interpolation, dpi=args.dpi)
-        written.append(path)
+        look = {"interpolation": args.interpolation, "dpi": args.dpi}
+        draw_attributions(written[-1], explained.shown, caption, rows, **look)
     return written
 
 
 def main(argv=None):
-    """Draw or evaluate as argv (or the command line) says; returns the paths of what was written."""
+    """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = attribute_parser().parse_args(argv)
-    checkpoint, model, chosen, dataset = open_for_explaining(args)
+    checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
-    torch.manual_seed(0)  # of the methods that draw at random
+    torch.manual_seed(0)  # for methods with random numbers
     if args.evaluate:
         explainers = {
-            name: lambda inputs, classes, name=name: ATTRIBUTIONS[name](model, inputs, classes)[0]
+            name: lambda images, classes, name=name: ATTRIBUTIONS[name](model, images, classes)[0]
             for name in chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
         }
         written = evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out)
     else:
-        written = attribute_images(args, model, checkpoint, chosen, out)
+        written = draw_image_attributions(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

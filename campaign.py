@@ -1,7 +1,7 @@
-"""Run what results/ lacks of a plan, all rows with one seed before the next seed, and print the plan's table.
+"""Do the runs of a plan that results/ does not have yet, and print the plan's table.
 
     python campaign.py plans/cct2-cifar10.toml --minutes 50    stops cleanly; the same command resumes
-    python campaign.py plans/*.toml --list                     which results are there, and which are missing
+    python campaign.py plans/*.toml --list                     which results exist, and which are missing
 
 A plan is a TOML file: a title, rows, the number of seeds per row, and the row that the others are compared with.
 
@@ -14,67 +14,71 @@ A plan is a TOML file: a title, rows, the number of seeds per row, and the row t
     script = "train_vit.py"
     arguments = "--epochs 5"   # or a list of strings
 
-A row with init_from = "another row" starts from the weights of the other row's run with the same seed. A row with
-not_run = "reason" is not run. [[measurements]] are benchmarks, or rollout.py with checkpoint = "plan/row".
+All rows are run with seed 0 before any is run with seed 1. A row with init_from = "another row" starts from the weights
+of the other row's run with the same seed. A row with not_run = "reason" is listed, but not run. [[measurements]] are
+benchmarks, or rollout.py with checkpoint = "plan/row".
 """
 
-import argparse
+import math
 import shlex
 import sys
 import time
 
 from errors import UserError, run_script
 from experiments.dry import dry_run
-from experiments.forecast import Forecast
-from experiments.jobs import Job, do_job, measured_file, open_jobs, wanted_seeds
+from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
 from experiments.tables import aligned, comparison_table
 from files import make_folder
-from training.arguments import Parser, at_least, positive
+from training.flags import Parser, at_least, positive
 
 
 def campaign_parser():
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", nargs="+", metavar="PLAN", help="TOML files; their runs are done in this order")
-    parser.add_argument("--list", action="store_true", help="show which results exist and which are missing")
-    parser.add_argument("--seeds", type=at_least(1), metavar="N", help="seeds 0 to N-1 of each row (the plan's number)")
-    parser.add_argument("--minutes", type=positive, metavar="M", help="save and stop after M minutes")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (the first available)")
-    parser.add_argument("--data-dir", help="where the images are, or are downloaded to (datasets)")
-    parser.add_argument("--out-dir", default="checkpoints", help="runs are written to OUT_DIR/PLAN (%(default)s)")
-    parser.add_argument("--results", default="results", help="results are kept in RESULTS/PLAN (%(default)s)")
-    parser.add_argument("--dry", action="store_true", help="try each row on a few images, keep nothing")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("plans", nargs="+", metavar="PLAN", help="TOML files; their runs are done in this order")
+    add("--list", action="store_true", help="show which results exist and which are missing, and stop")
+    add("--dry", action="store_true", help="try each row for one epoch of a few images, and keep nothing")
+    add("--seeds", type=at_least(1), metavar="N", help="run seeds 0 to N-1 of each row (default: as in the plan)")
+    add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
+    add("--out-dir", metavar="DIR", default="checkpoints", help="runs are written to DIR/PLAN")
+    add("--results", metavar="DIR", default="results", help="results are kept in DIR/PLAN")
     return parser
 
 
-def state_table(plan, found, forecast, args):
-    """What --list prints: per row the seeds with results, those without, and how long these should take."""
-    rows = [["row", "done", "open", "minutes", "command"]]
+def state_table(plan, found, args):
+    """What --list prints: the seeds of each row with and without results, and the minutes that the latter need.
+
+    found is {plan's name: {row's name: {seed: run}}}.
+    """
+    rows = [["row", "done", "missing", "minutes", "command"]]
     for row in plan.rows:
-        still = [seed for seed in wanted_seeds(row, args.seeds) if seed not in found[row.name]]
-        minutes = [forecast.minutes(Job(plan, row, seed)) for seed in still]
-        done = " ".join(map(str, sorted(found[row.name]))) or "none"
-        known = f"{sum(minutes):.1f}" if still and None not in minutes else "-"
-        command = shlex.join([row.script, *row.arguments])
-        rows.append([row.name, done, " ".join(map(str, still)) or "none", known, row.not_run or command])
+        existing = found[plan.name][row.name]
+        missing = [seed for seed in wanted_seeds(row, args.seeds) if seed not in existing]
+        minutes = [expected_minutes(Job(plan, row, seed), found, args) for seed in missing]
+        known = f"{sum(minutes):.1f}" if missing and None not in minutes else "-"
+        done, missing = (" ".join(map(str, sorted(seeds))) or "none" for seeds in (existing, missing))
+        rows.append([row.name, done, missing, known, row.not_run or shlex.join([row.script, *row.arguments])])
     for row in plan.measurements:
-        done, still = ("1", "none") if measured_file(Job(plan, row), args).exists() else ("none", "1")
+        done, missing = ("1", "none") if measurement_file(Job(plan, row), args).exists() else ("none", "1")
         command = shlex.join([row.script, *filter(None, [row.checkpoint]), *row.arguments])
-        rows.append([row.name, done, still, "-", command])
+        rows.append([row.name, done, missing, "-", command])
     return aligned(rows)
 
 
 def do_jobs(jobs, found, args, again, *, deadline):
-    """Do the jobs until the deadline (a time of time.monotonic(), or None), adding their results to found.
+    """Do the jobs until the deadline (a value of time.monotonic()), and add their results to found.
 
-    Returns the names of the jobs that failed.
+    again is the command that resumes. Returns the names of the jobs that failed.
     """
-    forecast, failed, done = Forecast(found, args), [], 0
+    failed, done = [], 0
     for number, job in enumerate(jobs, 1):
         code, result = 0, None
-        if deadline is None or time.monotonic() < deadline:
-            minutes = forecast.minutes(job)
+        if time.monotonic() < deadline:
+            minutes = expected_minutes(job, found, args)
             expected = "time not known yet" if minutes is None else f"about {minutes:.1f} minutes"
             print(f"--- run {number} of {len(jobs)}: {job.name}, {expected}", flush=True)
             try:
@@ -89,14 +93,14 @@ def do_jobs(jobs, found, args, again, *, deadline):
         elif code:
             failed.append(job.name)
             print(f"failed, exit code {code}: {job.name}", file=sys.stderr, flush=True)
-        elif job.seed is not None or (deadline is not None and time.monotonic() >= deadline):
-            print(f"the minutes are up, {len(jobs) - done} of {len(jobs)} runs are open; to resume: {again}")
+        elif job.seed is not None or time.monotonic() >= deadline:  # not a measurement that needs an unfinished run
+            print(f"the minutes are up, {len(jobs) - done} of {len(jobs)} runs are missing; to resume: {again}")
             break
     return failed
 
 
 def main(argv=None):
-    """Do what is open in the plans; raises UserError at the end if a run failed, after the others are done."""
+    """Do the missing runs of the plans; raises UserError at the end if any of them failed."""
     began = time.monotonic()
     args = campaign_parser().parse_args(argv)
     plans = list({plan.name: plan for plan in map(read_plan, args.plans)}.values())
@@ -106,13 +110,12 @@ def main(argv=None):
     measured = read_runs(make_folder(args.results))
     found = {plan.name: fitting_runs(plan, measured) for plan in plans}
     if args.list:
-        forecast = Forecast(found, args)
         for plan in plans:
-            print(f"{plan.title} ({plan.name})\n{state_table(plan, found[plan.name], forecast, args)}\n")
+            print(f"{plan.title} ({plan.name})\n{state_table(plan, found, args)}\n")
         return
-    jobs = open_jobs(plans, found, args)
+    jobs = missing_jobs(plans, found, args)
     again = shlex.join(["python", "campaign.py", *(sys.argv[1:] if argv is None else argv)])
-    failed = do_jobs(jobs, found, args, again, deadline=began + 60 * args.minutes if args.minutes else None)
+    failed = do_jobs(jobs, found, args, again, deadline=began + 60 * args.minutes if args.minutes else math.inf)
     for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")
     if failed:

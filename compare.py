@@ -1,72 +1,57 @@
-"""Runs side by side, from the JSON files in results/ alone.
+"""Compare runs, from the JSON files in results/ alone.
 
-    python compare.py                                  all there is, a line for runs that differ in the seed alone
-    python compare.py A B                              how far B is above A, and whether that is more than luck
+    python compare.py                                  all runs, one line per group that differs only in the seed
+    python compare.py A B                              how far B is above A, and whether that could be luck
     python compare.py plans/cct2-cifar10.toml          each row of a plan against its baseline
-    python compare.py --score --plot score.png         accuracy for its price in parameters, on CIFAR-100
-    python compare.py --readme README.md               writes the tables that stand between its markers
+    python compare.py --score --plot score.png         accuracy for its cost in parameters, on CIFAR-100
+    python compare.py --readme README.md               fill the tables between the file's markers
 
 Accuracies are the last epoch's, in per cent, mean ± standard deviation over N seeds.
 """
 
-import argparse
 import re
 from pathlib import Path
 
 from errors import UserError, run_script
-from experiments.curves import draw_groups
 from experiments.plans import fitting_runs, plan_pairs, read_plan
+from experiments.plots import draw_groups, draw_scores
 from experiments.runs import find_group, group_runs, read_runs
-from experiments.score import draw_scores, score_table
 from experiments.speed import speed_text
-from experiments.tables import comparison_table, groups_table, markdown
+from experiments.tables import comparison_table, groups_table, markdown, score_table
 from files import write_atomically
-from training.arguments import Parser
+from training.flags import Parser
 
 TABLE_START = re.compile(r"<!-- (table|speed): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
 def compare_parser():
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="runs by their name (or a file of theirs), the first is the baseline; or plans, each a table of its own",
-    )
-    parser.add_argument("--by", choices=("test", "val"), default="test", help="which accuracy (%(default)s)")
-    parser.add_argument(
-        "--paired", action="store_true", help="compare named runs seed by seed, those that start from one trained trunk"
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the curves of these runs (with --score: the scores), a PNG"
-    )
-    parser.add_argument("--score", action="store_true", help="(test accuracy - 70) / millions of parameters * 100")
-    parser.add_argument(
-        "--readme",
-        metavar="FILE",
-        help="fill in `<!-- table: PLAN.toml [by val] -->` or `<!-- speed: NAME -->` ... `<!-- end table -->`",
-    )
-    parser.add_argument("--results", default="results", help="where the results are (%(default)s)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="runs, by name or file, of which the first is the baseline; or plans")
+    add("--by", choices=("test", "val"), default="test", help="the accuracy; use val to choose between models")
+    add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
+    add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")
+    add("--score", action="store_true", help="score runs by (test accuracy - 70) / millions of parameters * 100")
+    help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] --> or <!-- speed: NAME --> to " + TABLE_END
+    add("--readme", metavar="FILE", help=help_text)
+    add("--results", metavar="DIR", default="results", help="where the results are")
     return parser
 
 
 def plan_text(path, measured, *, by):
+    """The Markdown of a plan: a line with its title, and the table of the rows that have results."""
     plan = read_plan(path)
-    groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured))]
-    paragraphs = [f"{plan.title}, `python campaign.py {path}`:"]
-    if begun := [group for group in groups if group.runs]:
-        paragraphs.append(groups_table(begun, by=by, layout=markdown))
-    if missing := ", ".join(f"`{group.name}`" for group in groups if not group.runs):
-        paragraphs.append(f"Not yet measured: {missing}.")
-    return "\n\n".join(paragraphs)
+    groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured)) if group.runs]
+    if not groups:
+        return f"Not measured yet: `python campaign.py {path}`."
+    return f"{plan.title}, `python campaign.py {path}`:\n\n{groups_table(groups, by=by, layout=markdown)}"
 
 
 def filled_tables(text, results):
-    """A Markdown text with the tables between its markers as results/ has them. Raises UserError."""
+    """A Markdown text with the tables between its markers made from the folder `results`. Raises UserError."""
     measured = read_runs(results)
-    before, *parts = TABLE_START.split(text)
+    before, *parts = TABLE_START.split(text)  # the groups of the pattern are parts as well
     if not parts:
         raise UserError("there is no line <!-- table: PLAN.toml --> in it")
     for kind, name, by_val, part in zip(*(parts[column::4] for column in range(4)), strict=True):
@@ -92,10 +77,13 @@ def fill_readme(path, results):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def asked_for(names, measured, groups, results, *, paired):
-    """[(title or None, pairs as comparison_table takes them)]: one a plan, and one of the other names together."""
+def chosen_tables(names, measured, groups, results, *, paired):
+    """[(title or None, pairs for comparison_table)]: one per plan, and one of all other names."""
     tables = []
-    for plan in (read_plan(name) for name in names if name.endswith(".toml")):
+    for name in (name for name in names if name.endswith(".toml")):
+        plan = read_plan(name)
+        if not plan.rows:
+            raise UserError(f"{name} has no rows to compare, only measurements")
         tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
     if found := [find_group(groups, name, results) for name in names if not name.endswith(".toml")]:
         tables.append((None, [(group, found[0] if group is not found[0] else None, paired) for group in found]))
@@ -115,7 +103,7 @@ def main(argv=None):
         if args.plot:
             draw_scores(args.plot, groups)
     elif args.names:
-        tables = asked_for(args.names, measured, groups, args.results, paired=args.paired)
+        tables = chosen_tables(args.names, measured, groups, args.results, paired=args.paired)
         for title, pairs in tables:
             print(*filter(None, [title, comparison_table(pairs, by=args.by)]), sep="\n", end="\n\n")
         if args.plot:

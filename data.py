@@ -1,4 +1,4 @@
-"""A dataset's name to its images."""
+"""From a dataset's name to its images, classes and splits."""
 
 import hashlib
 from functools import partial
@@ -14,35 +14,38 @@ from errors import UserError
 from pipeline.folders import by_all_cores, find_splits, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
-from pipeline.shapes import CLASSES, make_shapes
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
-SMALL = 64  # up to this --image-size a folder's images are resized to it when they are decoded
-SAMPLE = 2000  # of so many large images mean and standard deviation are taken
+SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
+SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
 class Split(NamedTuple):
-    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8, or to train on where is_large says so
+    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8; LargeImages in a training split if is_large
     labels: torch.Tensor  # (N,) int64
-    names: np.ndarray  # (N,) file names, or indices in the dataset as it was published
+    names: np.ndarray  # (N,) file names, or indices in the published dataset
 
     def pick(self, indices):
         return Split(self.images[indices], self.labels[indices], self.names[indices])
 
 
 class Dataset(NamedTuple):
-    """Images to train on, to choose by (or None) and to judge by, and what goes with them."""
+    """The training, validation (or None) and test images, their classes and their statistics."""
 
     name: str
     classes: list[str]
     train: Split
     val: Split | None
     test: Split
-    mean: list[float]  # of the training images, a channel each, as fractions of 255
+    mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
 
+    def normalised_by(self, mean, std):
+        """The same, to be normalised by another mean and std: those that its weights were trained with."""
+        return self._replace(mean=mean, std=std)
+
     def data_hash(self):
-        """SHA-256 of the training labels and pixels; of LargeImages the files, in place of pixels."""
+        """SHA-256 of the training labels and pixels; for LargeImages, of labels and files."""
         digest = hashlib.sha256(self.train.labels.numpy().tobytes())
         if isinstance(self.train.images, LargeImages):
             for path in self.train.images.files[:, 0]:
@@ -53,14 +56,14 @@ class Dataset(NamedTuple):
 
 
 def count_classes(name, data_dir):
-    """How many classes a dataset has, before its images are read."""
+    """The number of classes of a dataset, without reading its images."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
-    """Whether a dataset's images keep their shape and are cut (see large.py), rather than resized to a square."""
+    """Whether a dataset's images keep their shape and are cropped (see large.py), rather than resized to a square."""
     return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
 
 
@@ -78,10 +81,10 @@ def load_dataset(
 ):
     """The images of a dataset, resized to image_size x image_size, as a Dataset.
 
-    val_fraction of the training images are split off by class and split_seed, and so is test_fraction of a folder
-    that has no split of its own. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png,
-    and so on. Where is_large says so, the training images are LargeImages, and the others centre crops, of crop_pct
-    of the short side. Raises UserError where images are missing or cannot be read.
+    val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
+    that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
+    is_large, the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises
+    UserError if images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -121,7 +124,7 @@ def load_dataset(
 
 
 def dataset_of(args):
-    """load_dataset as the flags of a training script say; args has their values as attributes."""
+    """load_dataset with the values of a training script's flags, the attributes of args."""
     return load_dataset(
         args.dataset,
         data_dir=args.data_dir,
@@ -136,6 +139,8 @@ def dataset_of(args):
 
 
 def read_shapes(name, data_dir):
+    from pipeline.shapes import CLASSES, make_shapes  # only if this dataset is asked for
+
     sets = {split: make_shapes(split) for split in ("train", "val", "test")}
     return CLASSES, {split: (s.images, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
 
@@ -147,12 +152,12 @@ def read_cifar(name, data_dir):
         try:
             try:
                 found = dataset(data_dir, train=split == "train")
-            except RuntimeError:  # not there, or its checksums are wrong
+            except RuntimeError:  # missing, or its checksums are wrong
                 found = dataset(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
-                f"put {dataset.filename} or its folder {dataset.base_folder} there, or say where it is by --data-dir"
+                f"put {dataset.filename} or its folder {dataset.base_folder} there, or give its place by --data-dir"
             ) from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits[split] = (images, found.targets, np.arange(len(images)))
@@ -160,7 +165,7 @@ def read_cifar(name, data_dir):
 
 
 def resized(images, size):
-    """Images (N, 3, H, W) uint8 at size x size, with antialiasing."""
+    """Images (N, 3, H, W) uint8 resized to (N, 3, size, size), with antialiasing."""
     if images.shape[2:] == (size, size):
         return images
     return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in images.split(1000)])
@@ -182,7 +187,7 @@ def split_by_class(split, fraction, classes, *, seed, flag):
 def channel_statistics(images):
     """Mean and standard deviation of each channel over all pixels, as fractions of 255.
 
-    Of large images it is over a sample, the same whether they are kept in memory or not.
+    For large images they are computed from a sample, the same whether the images are kept in memory or not.
     """
     if not isinstance(images, LargeImages):
         return statistics_of_chunks(images.split(1000))
@@ -192,7 +197,7 @@ def channel_statistics(images):
 
 
 def statistics_of_chunks(chunks):
-    """channel_statistics of all that the chunks (N, 3, H, W) uint8 hold."""
+    """channel_statistics of all images in the chunks, each (N, 3, H, W) uint8."""
     count, (total, squares) = 0, torch.zeros(2, 3, dtype=torch.int64)
     for chunk in chunks:
         chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
@@ -200,12 +205,12 @@ def statistics_of_chunks(chunks):
         total += chunk.sum(1)
         squares += (chunk * chunk).sum(1)
     mean = total.double() / count
-    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is left as it is
+    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
     return (mean / 255).tolist(), (std / 255).tolist()
 
 
 def describe(dataset):
-    """A line a split: how many images, and how many of each class."""
+    """One line per split: how many images it has, and how many of each class."""
     lines = []
     for key in ("train", "val", "test"):
         if split := getattr(dataset, key):

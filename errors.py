@@ -1,10 +1,15 @@
-"""The one exception that stands for a user's mistake, and how a script ends."""
+"""What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars."""
 
 import sys
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line that names the flag or file, its value, and what would be right."""
+    """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
+
+
+def bar_disabled():
+    """The `disable` of a tqdm bar: show it in a notebook, and wherever stderr is a terminal."""
+    return False if "ipykernel" in sys.modules else None  # None: tqdm looks at stderr
 
 
 def run_script(main):

@@ -1,4 +1,4 @@
-"""Files that are written in one piece."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from errors import UserError
 def write_atomically(path, write):
     """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
 
-    Raises UserError where the file cannot be written; what stood at path stays.
+    Raises UserError if the file cannot be written; an existing file at path then stays as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -27,7 +27,7 @@ def write_atomically(path, write):
 
 
 def make_folder(path):
-    """Make a folder to write to, and return it. Raises UserError where nothing can be written there."""
+    """Make a folder to write to, and return it. Raises UserError if nothing can be written there."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

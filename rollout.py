@@ -4,20 +4,18 @@
     python rollout.py checkpoints/vit --image photo.jpg --method all
     python rollout.py checkpoints/vit --evaluate
 
-As a library, on any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention:
+As a library, for any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention:
 
     with AttentionRecorder(model) as recorder:
         model(images)
     matrices = rollout(recorder.attentions)  # (B, N, N)
 """
 
-import numpy as np
 import torch
 
 from errors import run_script
-from files import write_atomically
-from maps.arguments import chosen_methods, explaining_parser, open_for_explaining, output_folder
-from maps.draw import draw_layers, draw_matrix, draw_panel
+from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
+from maps.draw import draw_layers, draw_matrix, draw_panel, save_map
 from maps.images import caption_of, find_class, normalised
 from maps.methods import (
     METHODS,
@@ -30,99 +28,103 @@ from maps.methods import (
     report,
     rollout,
 )
-from maps.record import evaluate_checkpoint
 from maps.recorder import AttentionRecorder
-from training.arguments import fraction
+from training.flags import fraction
 
 __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "relevance", "report", "rollout"]
 
 
 def rollout_parser():
-    parser = explaining_parser(__doc__, METHODS, default="rollout")
-    ways = parser.add_argument_group("the map")
-    ways.add_argument("--head-fusion", choices=("mean", "max", "min"), default="mean", help="over the heads (mean)")
-    ways.add_argument("--discard-ratio", type=fraction, default=0.0, metavar="F", help="of each row, the lowest (0)")
-    ways.add_argument("--target", metavar="CLASS", help="the class that gradients explain (the predicted one)")
-    ways.add_argument("--layers", action="store_true", help="draw every layer and head by itself, too")
-    ways.add_argument("--matrix", action="store_true", help="draw the whole matrix from tokens to tokens, too")
+    parser = maps_parser(__doc__, METHODS, default="rollout")
+    add = parser.add_argument_group("the map").add_argument
+    help_text = "how the heads of a layer are joined; max keeps what any head attends to"
+    add("--head-fusion", choices=("mean", "max", "min"), default="mean", help=help_text)
+    help_text = "set this share of each row, the lowest weights, to zero, say 0.9 if maps are noisy"
+    add("--discard-ratio", type=fraction, default=0.0, metavar="F", help=help_text)
+    help_text = "the class that gradient_rollout and relevance explain (default: the predicted one)"
+    add("--target", metavar="CLASS", help=help_text)
+    add("--layers", action="store_true", help="also draw every layer and head by itself")
+    add("--matrix", action="store_true", help="also draw the whole matrix from tokens to tokens")
     return parser
 
 
 def draw_maps(args, model, checkpoint, chosen, out):
-    """Write the maps of the chosen images, each by itself and all in one panel; returns the paths."""
+    """Write the maps of each chosen image, and a panel of all images; returns the paths."""
     classes = checkpoint["classes"]
     methods = chosen_methods(args, METHODS, default="rollout")
     label = methods[0] if len(methods) == 1 else "all"
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     device = next(model.parameters()).device
-    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)
+    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
     targets = None
     if args.target is not None:
         targets = torch.full((len(chosen),), find_class(args.target, classes), device=device)
-    found, logits = attention_maps(model, inputs, methods, targets=targets, **options)
-    found = [{method: maps[i].cpu().numpy() for method, maps in found.items()} for i in range(len(chosen))]
+    maps, logits = attention_maps(model, inputs, methods, targets=targets, **options)
+    by_image = [{method: maps[method][i].cpu().numpy() for method in methods} for i in range(len(chosen))]
     captions = [caption_of(*pair, classes) for pair in zip(chosen, logits.softmax(1).cpu(), strict=True)]
 
     look = {"interpolation": args.interpolation, "dpi": args.dpi}
     written = []
 
-    def path_of(*parts):
-        written.append(out / f"{'-'.join(parts)}.{args.format}")
+    def new_path(name):
+        written.append(out / name)
         return written[-1]
 
-    for explained, caption, maps in zip(chosen, captions, found, strict=True):
-        draw_panel(path_of(explained.name, label), [explained.shown], [caption], [maps], **look)
-        for method, one_map in maps.items():
-            path = out / f"{explained.name}-{method}.npy"
-            write_atomically(path, lambda file, one_map=one_map: np.save(file, one_map))
-            written.append(path)
+    for explained, caption, found in zip(chosen, captions, by_image, strict=True):
+        draw_panel(new_path(f"{explained.name}-{label}.{args.format}"), [explained.shown], [caption], [found], **look)
+        for method, one_map in found.items():
+            save_map(new_path(f"{explained.name}-{method}.npy"), one_map)
     if len(chosen) > 1:
-        draw_panel(path_of("panel", label), [e.shown for e in chosen], captions, found, **look)
+        shown = [explained.shown for explained in chosen]
+        draw_panel(new_path(f"panel-{label}.{args.format}"), shown, captions, by_image, **look)
     if args.layers or args.matrix:
         with torch.no_grad(), AttentionRecorder(model) as recorder:
             model(inputs)
-        for i, (explained, caption) in enumerate(zip(chosen, captions, strict=True)):
-            if args.layers:
-                heads = [model_maps(model, a[i], pooled(recorder, i, a.shape[1])) for a in recorder.attentions]
-                maps = torch.stack(heads).cpu().numpy()
-                draw_layers(path_of(explained.name, "layers"), explained.shown, caption, maps, **look)
-            if args.matrix:
-                matrix = rollout(recorder.attentions, **options, class_token=recorder.pooling is None)[i]
-                draw_matrix(path_of(explained.name, "matrix"), matrix.cpu().numpy(), caption, dpi=args.dpi)
+    for i, (explained, caption) in enumerate(zip(chosen, captions, strict=True)):
+        if args.layers:
+            layers = maps_of_layers(model, recorder, i)
+            draw_layers(new_path(f"{explained.name}-layers.{args.format}"), explained.shown, caption, layers, **look)
+        if args.matrix:
+            matrix = rollout(recorder.attentions, **options, class_token=recorder.pooling is None)[i].cpu().numpy()
+            draw_matrix(new_path(f"{explained.name}-matrix.{args.format}"), matrix, caption, dpi=args.dpi)
     return written
 
 
-def pooled(recorder, index, heads):
-    """One image's pooling weights once a head, where the model pools."""
-    return None if recorder.pooling is None else recorder.pooling[index].expand(heads, -1)
+def maps_of_layers(model, recorder, index):
+    """The maps of one image, of every layer and head by itself: (L, heads, h, w)."""
+    pooling, maps = recorder.pooling, []
+    for weights in recorder.attentions:
+        heads = weights[index]  # (heads, N, N), as a batch of matrices
+        maps.append(model_maps(model, heads, None if pooling is None else pooling[index].expand(len(heads), -1)))
+    return torch.stack(maps).cpu().numpy()
 
 
-def explainers(model, args):
-    """The chosen methods, and the report's own way of running: {name: function of (images, classes)}.
+def attention_explainers(model, args):
+    """The chosen methods, and the report's way of running, as evaluate takes them: {name: function}.
 
-    The names say which options were not the default, so that several evaluations fill one table.
+    A name includes the options that are not the defaults, so that several evaluations share one table.
     """
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     suffix = f" ({args.head_fusion}, discard {args.discard_ratio:g})" if tuple(options.values()) != ("mean", 0) else ""
 
-    def way(method):
-        return lambda inputs, classes: attention_maps(model, inputs, [method], targets=classes, **options)[0][method]
+    def explainer(method):
+        return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
 
-    found = {method + suffix: way(method) for method in chosen_methods(args, METHODS, default="rollout")}
+    found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
     if "report" in found:
-        found["report, as it was run"] = lambda inputs, classes: maps_as_reported(model, inputs, join=report)
+        found["report, as it was run"] = lambda images, classes: maps_as_reported(model, images, join=report)
     if "rollout" in found:
-        found["rollout, run that way"] = lambda inputs, classes: maps_as_reported(model, inputs, join=rollout)
+        found["rollout, run that way"] = lambda images, classes: maps_as_reported(model, images, join=rollout)
     return found
 
 
 def main(argv=None):
-    """Draw or evaluate as argv (or the command line) says; returns the paths of what was written."""
+    """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = rollout_parser().parse_args(argv)
-    checkpoint, model, chosen, dataset = open_for_explaining(args)
+    checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:
-        written = evaluate_checkpoint(args, checkpoint, model, dataset, explainers(model, args), out)
+        written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
     else:
         written = draw_maps(args, model, checkpoint, chosen, out)
     for path in written:

@@ -4,10 +4,11 @@
     python train_cct.py --recipe strong --device cuda  the same model, trained better
     python train_cct.py --dataset shapes               drawn shapes, three minutes on two CPU cores
 
+Recipes: report has the CCT report's values; strong trains the same models better; quick is for --dataset shapes.
+
 What a run writes to checkpoints/cct_6_3x1/ is listed in README.md.
 """
 
-import time
 from functools import partial
 
 import torch
@@ -24,21 +25,15 @@ from models.summary import summarize
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.policies import POLICIES
 from seeding import seed_for
-from training.arguments import (
-    check_model_flags,
-    complete_arguments,
-    fraction,
-    given_arguments,
-    make_parser,
-    resumed_arguments,
-)
-from training.checkpoint import load_checkpoint, open_weights
-from training.device import Precision, compiled_forward, device_name, memory_watched, pick_device
+from training.arguments import start_run
+from training.checkpoint import open_weights
+from training.device import Precision, compiled_forward, memory_watched, pick_device
+from training.flags import fraction, make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import count_parameters, write_split
-from training.run import Run, choose_folder, finished_result, prepare_folder
+from training.outputs import print_header, print_model
+from training.run import Run
 
 REPORT = {
     "dataset": "cifar100",  # the report
@@ -82,73 +77,58 @@ MODEL_FLAGS = dict.fromkeys(
 
 
 def cct_parser():
-    parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODEL_FLAGS, metavar="NAME", help="%(choices)s (%(default)s)")
-    model.add_argument(
-        "--positional-embedding", choices=("learnable", "sine", "none"), help="what says where (%(default)s)"
-    )
-    model.add_argument("--init-from", metavar="FILE", help="start from the authors' weights, a state dict")
-    model.add_argument("--attention", choices=ATTENTIONS, help="what mixes the tokens (%(default)s)")
-    model.add_argument("--drop", type=fraction, metavar="P", help="dropout (%(default)s)")
-    model.add_argument("--attn-drop", type=fraction, metavar="P", help="dropout of attention weights (%(default)s)")
-    model.add_argument("--drop-path", type=fraction, metavar="P", help="of the last block, less before (%(default)s)")
+    parser = make_parser("train_cct.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
+    add("--init-from", metavar="FILE", help="start from the authors' released weights, a state dict")
+    add("--attention", choices=ATTENTIONS, metavar="NAME", help=f"what mixes the tokens: {', '.join(ATTENTIONS)}")
+    add("--positional-embedding", choices=("learnable", "sine", "none"), help="how a token knows its place")
+    add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")
+    add("--attn-drop", type=fraction, metavar="P", help="dropout of attention weights")
+    add("--drop-path", type=fraction, metavar="P", help="share of branches left out in the last block, fewer before")
     parser.set_defaults(attention="softmax", **REPORT)
     return parser
 
 
 def chosen_recipe(given):
-    """(the name, the defaults) of the recipe that the flags on the command line ask for."""
+    """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
     short = name == "strong" and given.get("epochs", SHORT) < SHORT
     return name, RECIPES[name] | (LIGHT if short else {})
 
 
+def start_from_published(model, args):
+    """Load the authors' released weights. Raises UserError if they do not fit the model."""
+    if args.model not in COMPACT_MODELS:
+        raise UserError(f"--init-from: there are no published weights of {args.model}")
+    left = load_published(model, open_weights(args.init_from))
+    print(f"weights of {args.init_from}; left out: {', '.join(left) or 'nothing'}")
+
+
 def main(argv=None):
-    """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
-    began = time.monotonic()
-    # Arguments
-    parser = cct_parser()
-    given = given_arguments(parser, argv)
-    recipe, defaults = chosen_recipe(given)
-    model_name = given.get("model", defaults["model"])
-    folder, resuming = choose_folder(given, default_name=model_name, default_dir=parser.get_default("out_dir"))
-    if resuming:
-        checkpoint = load_checkpoint(folder)
-        args = resumed_arguments(given, checkpoint, folder, models=MODEL_FLAGS)
-        if result := finished_result(folder):
-            return result
-    else:
-        args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
-        check_model_flags(given, MODEL_FLAGS, args.model)
-        if args.init_from and args.model not in COMPACT_MODELS:
-            raise UserError(f"--init-from: there are no published weights of {args.model}")
-    device = pick_device(args.device)
-    precision = Precision(args.amp, device)
-    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
-    print(f"{device_name(device)}, {precision.dtype}, torch {torch.__version__}")
+    """Train as argv (or the command line) says; returns what result.json holds, None if the run is not finished."""
+    start = start_run(cct_parser(), argv, chosen_recipe=chosen_recipe, model_flags=MODEL_FLAGS)
+    args, checkpoint = start.args, start.checkpoint
+    if args is None:  # nothing to train: --help, or the run is finished
+        return start.result
+    precision = Precision(args.amp, pick_device(args.device))
+    device = precision.device
+    print_header(args, precision)
 
     # Model
     torch.manual_seed(seed_for("weights", args.seed))
-    model_args = {name: getattr(args, name) for name in MODEL_FLAGS[args.model]}
-    model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
-    model = build_model(args.model, **model_args).to(device)
-    print(f"{args.model}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} tokens")
-    if args.init_from and not resuming:
-        left = load_published(model, open_weights(args.init_from))
-        print(f"weights of {args.init_from}, without {', '.join(left) or 'exception'}")
+    model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
+    print_model(args.model, model, "tokens")
+    if args.init_from and not checkpoint:
+        start_from_published(model, args)
     if args.summary:
-        print(summarize(model, (3, args.image_size, args.image_size)))
-        return None
+        return print(summarize(model, (3, args.image_size, args.image_size)))
 
-    # Data
+    # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)
     print(describe(dataset))
-    if args.patience and not dataset.val:
-        raise UserError(f"--patience {args.patience} needs validation images: --val-fraction 0.1 splits some off")
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
-    # with validation images the test set stays shut until the end
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
@@ -156,31 +136,12 @@ def main(argv=None):
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
-    run = Run(
-        folder,
-        script="train_cct.py",
-        args=args,
-        model_name=args.model,
-        model_args=model_args,
-        model=model,
-        average=average,
-        dataset=dataset,
-        optimizer=optimizer,
-        schedule=schedule,
-        precision=precision,
-        device=device,
-    )
-    if resuming:
-        run.resume(checkpoint)
-    prepare_folder(folder, resuming=resuming)
-    if args.dataset == "folder" or args.val_fraction:
-        write_split(folder / "split.csv", dataset)
+    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, average=average, precision=precision)
+    run.begin(checkpoint)
 
     # Epochs
-    with StopRequests(args.minutes, since=began) as stop, memory_watched(run):
-        for epoch in range(run.epoch, args.epochs):
-            if run.out_of_patience():
-                break
+    with StopRequests(args.minutes, since=start.time) as stop, memory_watched(run):
+        for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(
                     model=model,
@@ -192,7 +153,6 @@ def main(argv=None):
                     precision=precision,
                     seed=args.seed,
                     epoch=epoch,
-                    start_step=run.step,
                     sums=run.sums,
                     clip_grad=args.clip_grad,
                     average=average,
@@ -200,13 +160,8 @@ def main(argv=None):
                 )
             if stop.wanted():
                 return run.stop(stop)
-            started = time.monotonic()
-            judged = {}
-            for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.evaluated_model, batches=batches, precision=precision)
-                judged[split] = loss, accuracy
-            run.end_epoch(judged, seconds=time.monotonic() - started)
-
+            evaluate = partial(validate, model=run.evaluated_model, precision=precision)
+            run.end_epoch({split: evaluate(batches=batches) for split, batches in watched.items()})
     return run.finish(test)
 
 

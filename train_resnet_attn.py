@@ -5,11 +5,11 @@
     python train_resnet_attn.py --recipe woof --attention simple          SimpleSelfAttention's xresnet50 on Imagewoof
     python train_resnet_attn.py --dataset shapes                          drawn shapes, three minutes on two CPU cores
 
-What a run writes to checkpoints/resnet18/ is listed in README.md.
+Recipes: survey and woof have these documents' values; strong trains the same models better; quick is for --dataset
+shapes. What a run writes to checkpoints/resnet18/ is listed in README.md.
 """
 
 import argparse
-import time
 from functools import partial
 
 import torch
@@ -27,21 +27,15 @@ from pipeline.batches import evaluation_batches, training_batches
 from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
 from seeding import seed_for
-from training.arguments import (
-    at_least,
-    check_model_flags,
-    complete_arguments,
-    given_arguments,
-    make_parser,
-    resumed_arguments,
-)
+from training.arguments import start_run
 from training.checkpoint import evaluated_weights, load_checkpoint
-from training.device import Precision, compiled_forward, device_name, memory_watched, pick_device
+from training.device import Precision, compiled_forward, memory_watched, pick_device
+from training.flags import at_least, make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import count_parameters, write_split
-from training.run import Run, choose_folder, finished_result, prepare_folder
+from training.outputs import print_header, print_model
+from training.run import Run
 
 SURVEY = {
     "dataset": "cifar10",  # the survey
@@ -122,44 +116,32 @@ MODEL_FLAGS = dict.fromkeys(
 
 
 def resnet_parser():
-    parser = make_parser(__doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODEL_FLAGS, metavar="NAME", help="%(choices)s (%(default)s)")
-    model.add_argument("--attention", choices=ATTENTIONS2D, help="the block (%(default)s)")
-    model.add_argument("--attention-after", choices=STAGES, help="where a ResNet has it (%(default)s)")
-    model.add_argument("--attention-in", choices=STAGES, nargs="+", help="where an xResNet has it (%(default)s)")
-    model.add_argument("--attention-kernel-size", type=at_least(1), metavar="PIXELS", help="of simple (%(default)s)")
-    model.add_argument("--symmetric", action="store_true", help="let simple's matrix be symmetric")
-    model.add_argument(
-        "--attention-gamma",
-        action=argparse.BooleanOptionalAction,
-        help="scale a ResNet's block by a weight that starts at 0; the survey's own has none",
-    )
-    model.add_argument("--patch-size", type=at_least(1), metavar="PIXELS", help="of the map, a node (%(default)s)")
-    model.add_argument("--num-heads", type=at_least(1), help="must divide the map's width (%(default)s)")
-    model.add_argument("--stem", choices=("cifar", "imagenet"), help="(cifar up to 64 pixels)")
-    model.add_argument("--width", type=at_least(1), help="channels of a ResNet's first stage (%(default)s)")
-    model.add_argument("--stem-widths", type=at_least(1), nargs=3, metavar="N", help="of an xResNet (%(default)s)")
-    start = parser.add_argument_group("what a run starts from")
-    start.add_argument("--init-from", metavar="RUN", help="take the trunk's weights from a run's folder")
-    start.add_argument("--pretrained", action="store_true", help="take them from torchvision's, of ImageNet")
-    start.add_argument("--freeze", choices=("trunk",), help="train the block and the head alone")
-    parser.set_defaults(
-        attention_after="layer4",
-        attention_in=["layer1"],
-        attention_kernel_size=1,
-        attention_gamma=True,
-        patch_size=1,
-        num_heads=4,
-        width=64,
-        stem_widths=[32, 64, 64],
-        **SURVEY,
-    )
+    parser = make_parser("train_resnet_attn.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
+    add("--attention", choices=ATTENTIONS2D, metavar="NAME", help=f"the block: {', '.join(ATTENTIONS2D)}")
+    add("--attention-after", choices=STAGES, help="the stage that a ResNet's block follows")
+    add("--attention-in", choices=STAGES, nargs="+", help="the stages whose last block has it in an xResNet")
+    add("--attention-kernel-size", type=at_least(1), metavar="PIXELS", help="of simple, an odd number")
+    add("--symmetric", action="store_true", help="make simple's matrix symmetric")
+    help_text = "scale a ResNet's block by a weight that starts at 0; the survey's own has none"
+    add("--attention-gamma", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--patch-size", type=at_least(1), metavar="PIXELS", help="side of a node, in pixels of the feature map")
+    add("--num-heads", type=at_least(1), metavar="N", help="must divide the map's width")
+    add("--stem", choices=("cifar", "imagenet"), help="the first layers (default: cifar up to 64 pixels)")
+    add("--width", type=at_least(1), metavar="N", help="channels of a ResNet's first stage; fewer are faster")
+    add("--stem-widths", type=at_least(1), nargs=3, metavar="N", help="channels in the stem of an xResNet")
+    add = parser.add_argument_group("what a run starts from").add_argument
+    add("--init-from", metavar="RUN", help="take the trunk's weights from a run's folder")
+    add("--pretrained", action="store_true", help="take them from torchvision's weights for ImageNet")
+    add("--freeze", choices=("trunk",), metavar="trunk", help="train the block and the head alone")
+    own = {"attention_after": "layer4", "attention_in": ["layer1"], "attention_kernel_size": 1, "attention_gamma": True}
+    parser.set_defaults(**own, patch_size=1, num_heads=4, width=64, stem_widths=[32, 64, 64], **SURVEY)
     return parser
 
 
 def chosen_recipe(given):
-    """(the name, the defaults) of the recipe that the flags on the command line ask for."""
+    """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "survey")
     changes = {}
     if name == "strong" and given.get("epochs", SHORT) < SHORT:
@@ -169,65 +151,62 @@ def chosen_recipe(given):
     return name, RECIPES[name] | changes
 
 
+def check_start(args):
+    """Raises UserError for flags of what a run starts from that contradict each other or the model."""
+    if args.freeze and not args.init_from and not args.pretrained:
+        raise UserError("--freeze trunk needs a trained trunk: --init-from RUN or --pretrained")
+    if args.init_from and args.pretrained:
+        raise UserError("--init-from and --pretrained exclude each other: a run starts from one trunk")
+    if args.pretrained and args.model not in RESNETS:
+        raise UserError(f"--pretrained: there are no weights for {args.model}, only for {', '.join(RESNETS)}")
+
+
+def start_from_trunk(model, args, checkpoint, device):
+    """Load the trunk of --init-from or --pretrained, unless the run is resumed, and freeze it if --freeze says so.
+
+    Returns (mean, std) of the images that the trunk was trained on; None if it starts from scratch.
+    """
+    statistics = None
+    if args.pretrained:
+        warn_of_seen_images(args.dataset)
+        statistics = imagenet_statistics()
+    if args.init_from:
+        source = checkpoint or load_checkpoint(args.init_from, device=device)
+        statistics = source["mean"], source["std"]
+    if statistics and not checkpoint:
+        left = load_trunk(model, evaluated_weights(source)) if args.init_from else load_imagenet_trunk(model)
+        print(f"the trunk is that of {args.init_from or 'ImageNet'}; left out: {', '.join(left) or 'nothing'}")
+    if args.freeze:
+        model.freeze_trunk()
+    return statistics
+
+
 def main(argv=None):
-    """Train as argv (or the command line) says; return what result.json holds, None where the run is not finished."""
-    began = time.monotonic()
-    # Arguments
-    parser = resnet_parser()
-    given = given_arguments(parser, argv)
-    recipe, defaults = chosen_recipe(given)
-    model_name = given.get("model", defaults["model"])
-    folder, resuming = choose_folder(given, default_name=model_name, default_dir=parser.get_default("out_dir"))
-    if resuming:
-        checkpoint = load_checkpoint(folder)
-        args = resumed_arguments(given, checkpoint, folder, models=MODEL_FLAGS)
-        if result := finished_result(folder):
-            return result
-    else:
-        args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
-        check_model_flags(given, MODEL_FLAGS, args.model)
-        if args.freeze and not args.init_from and not args.pretrained:
-            raise UserError("--freeze trunk needs a trained trunk: --init-from RUN or --pretrained")
-        if args.init_from and args.pretrained:
-            raise UserError("--init-from and --pretrained exclude each other: a run starts from one trunk")
-        if args.pretrained and args.model not in RESNETS:
-            raise UserError(f"--pretrained: there are no weights for {args.model}, only for {', '.join(RESNETS)}")
-    device = pick_device(args.device)
-    precision = Precision(args.amp, device)
-    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
-    print(f"{device_name(device)}, {precision.dtype}, torch {torch.__version__}")
+    """Train as argv (or the command line) says; returns what result.json holds, None if the run is not finished."""
+    start = start_run(resnet_parser(), argv, chosen_recipe=chosen_recipe, model_flags=MODEL_FLAGS)
+    args, checkpoint = start.args, start.checkpoint
+    if args is None:  # nothing to train: --help, or the run is finished
+        return start.result
+    check_start(args)
+    precision = Precision(args.amp, pick_device(args.device))
+    device = precision.device
+    print_header(args, precision)
 
     # Model
     torch.manual_seed(seed_for("weights", args.seed))
-    model_args = {name: getattr(args, name) for name in MODEL_FLAGS[args.model]}
-    model_args["num_classes"] = count_classes(args.dataset, args.data_dir)
-    model = build_model(args.model, **model_args).to(device)
-    print(f"{args.model}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} positions")
-    if args.init_from:
-        start = checkpoint if resuming else load_checkpoint(args.init_from, device=device)
-    if not resuming and (args.init_from or args.pretrained):
-        left = load_trunk(model, evaluated_weights(start)) if args.init_from else load_imagenet_trunk(model)
-        print(f"the trunk is that of {args.init_from or 'ImageNet'}; left there: {', '.join(left) or 'nothing'}")
-    if args.freeze:
-        model.freeze_trunk()
+    model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
+    print_model(args.model, model, "positions")
+    statistics = start_from_trunk(model, args, checkpoint, device)
     if args.summary:
-        print(summarize(model, (3, args.image_size, args.image_size)))
-        return None
+        return print(summarize(model, (3, args.image_size, args.image_size)))
 
-    # Data
+    # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)
     print(describe(dataset))
-    if args.init_from:  # its weights know images normalised so
-        dataset = dataset._replace(mean=start["mean"], std=start["std"])
-    if args.pretrained:
-        warn_of_seen_images(args.dataset)
-        mean, std = imagenet_statistics()
-        dataset = dataset._replace(mean=mean, std=std)
-    if args.patience and not dataset.val:
-        raise UserError(f"--patience {args.patience} needs validation images: --val-fraction 0.1 splits some off")
+    if statistics:
+        dataset = dataset.normalised_by(*statistics)
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
-    # with validation images the test set stays shut until the end
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}
 
     # Optimiser
@@ -235,31 +214,12 @@ def main(argv=None):
     optimizer = make_optimizer(args, model)
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
-    run = Run(
-        folder,
-        script="train_resnet_attn.py",
-        args=args,
-        model_name=args.model,
-        model_args=model_args,
-        model=model,
-        average=average,
-        dataset=dataset,
-        optimizer=optimizer,
-        schedule=schedule,
-        precision=precision,
-        device=device,
-    )
-    if resuming:
-        run.resume(checkpoint)
-    prepare_folder(folder, resuming=resuming)
-    if args.dataset == "folder" or args.val_fraction:
-        write_split(folder / "split.csv", dataset)
+    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, average=average, precision=precision)
+    run.begin(checkpoint)
 
     # Epochs
-    with StopRequests(args.minutes, since=began) as stop, memory_watched(run):
-        for epoch in range(run.epoch, args.epochs):
-            if run.out_of_patience():
-                break
+    with StopRequests(args.minutes, since=start.time) as stop, memory_watched(run):
+        for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(
                     model=model,
@@ -271,7 +231,6 @@ def main(argv=None):
                     precision=precision,
                     seed=args.seed,
                     epoch=epoch,
-                    start_step=run.step,
                     sums=run.sums,
                     clip_grad=args.clip_grad,
                     average=average,
@@ -279,13 +238,8 @@ def main(argv=None):
                 )
             if stop.wanted():
                 return run.stop(stop)
-            started = time.monotonic()
-            judged = {}
-            for split, batches in watched.items():
-                loss, accuracy, _ = validate(model=run.evaluated_model, batches=batches, precision=precision)
-                judged[split] = loss, accuracy
-            run.end_epoch(judged, seconds=time.monotonic() - started)
-
+            evaluate = partial(validate, model=run.evaluated_model, precision=precision)
+            run.end_epoch({split: evaluate(batches=batches) for split, batches in watched.items()})
     return run.finish(test)
 
 

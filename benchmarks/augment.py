@@ -1,11 +1,10 @@
-"""Images a second through random crop, flip and normalisation, without and with AutoAugment, beside the peers.
+"""Images per second through random crop, flip and normalisation, with and without AutoAugment, beside the peers.
 
     python -m benchmarks.augment --out results/speed/augment-cpu.json
 
-The peers: torchvision on PIL images and its v2 transforms on uint8 tensors, both image by image in one process,
-as a data loader's worker runs them; kornia on whole batches of float, which gives all of a batch the same sub-policy.
-Whoever is measured starts from a batch of uint8 (or of PIL images) and ends with a normalised batch on the device.
-They take turns, round after round; the median is shown, and the quartiles of the rounds as the spread.
+The peers: torchvision's transforms of PIL images and its v2 transforms of uint8 tensors, both image by image in one
+process, like a data loader's worker; and kornia's of float batches, with one sub-policy for a whole batch. All start
+from a uint8 batch (or PIL images) and end with a normalised batch on the device.
 """
 
 from importlib.metadata import version
@@ -16,20 +15,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.peers import installed
-from benchmarks.turns import print_speeds, speed_parser, take_turns, write_speeds
+from benchmarks.turns import print_machine, print_speeds, speed_parser, take_turns, write_speeds
 from errors import run_script
 from pipeline.augment import normalize, padded_crop, random_flip
 from pipeline.policies import auto_augment
-from training.arguments import at_least
-from training.device import device_name, pick_device
+from training.device import pick_device
+from training.flags import at_least
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
 JOBS = {"crop, flip, normalise": False, "the same with AutoAugment": True}
-OURS = "augment.py"
 
 
 def our_pipeline(images, auto):
-    """A function without arguments: the batch `images`, transformed once. So are the peers below."""
+    """A function without arguments that transforms the batch `images`, like those of the peers below."""
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.tensor([MEAN, STD], device=images.device)
 
@@ -73,7 +71,7 @@ def kornia_pipeline(images, auto):
 
 
 PIPELINES = {
-    OURS: our_pipeline,
+    "augment.py": our_pipeline,
     "torchvision, PIL": torchvision_pil_pipeline,
     "torchvision v2, uint8": torchvision_v2_pipeline,
     "kornia, batch": kornia_pipeline,
@@ -86,7 +84,7 @@ def counted(run):
 
 def augment_parser():
     parser = speed_parser(__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=at_least(1), default=512, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), default=512, help="images per batch")
     return parser
 
 
@@ -100,8 +98,7 @@ def main(argv=None):
     versions = {name: version(name) for name in packages}
     torch.manual_seed(0)
     images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    names = ", ".join(f"{name} {number}" for name, number in versions.items())
-    print(f"{device_name(device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, {names}")
+    print_machine(device, f"torch {torch.__version__}", *(f"{name} {number}" for name, number in versions.items()))
     print(f"batches of {args.batch_size} images of 32 x 32, {args.rounds} rounds")
     speeds = {}
     for job, auto in JOBS.items():

@@ -1,4 +1,4 @@
-"""Our own training steps, as a script would do them, to be timed beside others."""
+"""A training script's steps, to be timed beside those of others."""
 
 import itertools
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ MATMULS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
 
 @contextmanager
 def settings_of_training(precisions=None):
-    """What a Precision sets for the whole process, or here, holds inside this alone: the peers do without.
+    """A context that restores the process-wide settings of training at its end, so that the peers run without them.
 
-    precisions are those of float32 products, one for each of MATMULS.
+    precisions are those of float32 products during the context, one for each of MATMULS.
     """
     before = [matmul.fp32_precision for matmul in MATMULS]
     try:
@@ -34,12 +34,14 @@ def settings_of_training(precisions=None):
     finally:
         for matmul, precision in zip(MATMULS, before, strict=True):
             matmul.fp32_precision = precision
-        keep_freed_memory(block=2**25, most=2**26)  # glibc's own bounds
+        keep_freed_memory(block=2**25, most=2**26)  # glibc's defaults
 
 
 class Ours:
-    """A training script's own steps for the flags that it would get. Calling it does `steps` of them and returns the
-    number of images, inside settings(); `run_batches` goes through as many batches and trains nothing."""
+    """`steps` training steps of a script with these flags. A call, in settings(), returns their number of images.
+
+    run_batches() does the same without training: it only makes the batches.
+    """
 
     def __init__(self, script, flags, dataset, device, steps):
         module, parser = script_module(f"{script}.py"), script_parser(f"{script}.py")
@@ -74,7 +76,7 @@ class Ours:
             epoch=next(self.epochs),
             sums=sums,
             clip_grad=self.args.clip_grad,
-            after_step=lambda done, sums: done == self.steps,
+            after_step=lambda sums: sums["step"] == self.steps,
         )
         return sums["images"]
 
@@ -82,7 +84,7 @@ class Ours:
         return sum(len(labels) for _, labels in itertools.islice(self.batches.batches(next(self.epochs)), self.steps))
 
     def gflop_per_image(self):
-        """Of the matrix products of a forward and backward pass."""
+        """GFLOP of the matrix products in a forward and backward pass."""
         size = self.args.image_size
         with FlopCounterMode(display=False) as counter:
             self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()

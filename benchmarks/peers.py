@@ -1,4 +1,4 @@
-"""What a user would take instead: models, loaders and loops of others, as their documents and examples have them."""
+"""What a user would use instead: others' models, loaders and loops, as in their documentation and examples."""
 
 import itertools
 from importlib.util import find_spec
@@ -13,15 +13,15 @@ from torchvision.transforms.functional import to_pil_image
 
 
 def installed(*packages):
-    """Whether all of these are there; says which are not."""
+    """Whether all of these packages are installed; prints which are not."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        print(f"without {', '.join(missing)}, not installed here (pip install -r benchmarks/requirements.txt)")
+        print(f"not installed: {', '.join(missing)} (pip install -r benchmarks/requirements.txt)")
     return not missing
 
 
 class PilImages(Dataset):
-    """The images of a Split one by one, as PIL images that `transform` is applied to, with their labels."""
+    """The images of a Split as PIL images, after `transform` if given, and their labels."""
 
     def __init__(self, split, transform=None):
         self.images, self.labels, self.transform = split.images, split.labels, transform
@@ -35,13 +35,13 @@ class PilImages(Dataset):
 
 
 def torchvision_loader(dataset, transforms, batch_size):
-    """A DataLoader without workers, whose transforms are applied image by image."""
+    """A DataLoader without workers that applies the transforms image by image."""
     transform = v1.Compose([*transforms, v1.Normalize(dataset.mean, dataset.std)])
     return DataLoader(PilImages(dataset.train, transform), batch_size, shuffle=True)
 
 
 def timm_loader(dataset, batch_size, **options):
-    """timm's, without workers."""
+    """timm's loader, without workers."""
     from timm.data import create_loader
 
     images = PilImages(dataset.train)
@@ -59,11 +59,11 @@ def timm_loader(dataset, batch_size, **options):
     )
 
 
-def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=torch.optim.AdamW, mix=None, reads=0):
-    """A function without arguments that trains so many steps of a plain loop and returns the number of images.
+def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=torch.optim.AdamW, mix=None, reads=False):
+    """A function without arguments that trains `steps` steps of a plain loop and returns their number of images.
 
-    dtype is that of autocast, mix(images, labels) gives mixed images and soft targets; reads says how often a step
-    waits for a value of the device.
+    dtype is that of autocast; mix(images, labels) gives mixed images and soft targets; with `reads`, each step reads
+    the loss and the number of correct images from the device.
     """
     model = model.to(device).train()
     optimizer = make(model.parameters(), lr=1e-3)
@@ -90,7 +90,7 @@ def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=tor
 
 
 class ReportBlock(nn.Module):
-    """A block of the ViT report: torch's attention, which also gives its weights, averaged over heads."""
+    """A block of the ViT report on (B, N, dim): torch's attention, which also returns its weights."""
 
     def __init__(self, dim=256, num_heads=8, drop=0.2):
         super().__init__()
@@ -107,7 +107,7 @@ class ReportBlock(nn.Module):
 
 
 class ReportViT(nn.Module):
-    """The report's model on images (B, 3, 32, 32), unfolded into patches of 4 x 4."""
+    """The report's model: images (B, 3, 32, 32) to logits (B, num_classes), by patches of 4 x 4."""
 
     def __init__(self, num_classes=10, dim=256):
         super().__init__()
@@ -119,12 +119,12 @@ class ReportViT(nn.Module):
 
     def forward(self, images):
         x = self.embed(F.unfold(images, 4, stride=4).mT)  # (B, 64, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        return self.head(self.norm(self.blocks(self.drop(x))[:, 0]))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions  # (B, 65, dim)
+        return self.head(self.norm(self.blocks(self.drop(x))[:, 0]))  # (B, num_classes)
 
 
 def timm_vit():
-    """timm's ViT of the report's size."""
+    """timm's ViT, with the report's size."""
     from timm.models.vision_transformer import VisionTransformer
 
     size = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 256, "depth": 6, "num_heads": 8}
@@ -132,7 +132,7 @@ def timm_vit():
 
 
 def vit_pytorch_vit():
-    """vit-pytorch's ViT of the report's size."""
+    """vit-pytorch's ViT, with the report's size."""
     from vit_pytorch import ViT
 
     size = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 256, "depth": 6, "heads": 8, "dim_head": 32}
@@ -153,7 +153,7 @@ def one_hot(num_classes):
 
 
 def plain_resnet18(num_classes):
-    """torchvision's, with the stem for small images."""
+    """torchvision's ResNet18, with the stem for small images."""
     model = resnet18(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -1,15 +1,13 @@
-"""Does the cost of training grow as the work does? Of a ViT on more images, larger ones, in larger batches, deeper.
+"""Does the cost of training grow in proportion to the work? For a ViT with more or larger images, batches or depth.
 
     python -m benchmarks.scaling --out results/speed/scaling-cpu.json
 
-Random images, whole training steps by the report's recipe. The values of one axis take turns; the table shows the
-median of the rounds in images a second, and in GFLOP a second, which stays where it is as long as the cost grows as
-the work. Nothing is compiled, unless --compile on says so. For the numbers of images also the most memory that a
-process of its own held, and what the images take.
+Random images, whole training steps by the report's recipe. The values of one axis take turns. The table shows the
+median of the rounds, in images and in GFLOP per second; the latter is constant as long as the cost is proportional to
+the work. Nothing is compiled, except with --compile on. For the numbers of images the table also shows the size of the
+images and the peak memory of a process of its own. Flags that are not listed below go to train_vit.py.
 """
 
-import multiprocessing
-import os
 import statistics
 from pathlib import Path
 
@@ -18,13 +16,21 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.ours import Ours
-from benchmarks.turns import save_plot, speed_parser, take_turns, write_speeds
+from benchmarks.turns import (
+    in_fresh_process,
+    peak_of_run,
+    print_machine,
+    save_plot,
+    speed_parser,
+    take_turns,
+    write_speeds,
+)
 from data import Dataset, Split
 from errors import run_script
-from training.arguments import at_least
-from training.device import device_name, peak_memory_bytes, pick_device
+from training.device import device_name, pick_device
+from training.flags import at_least
 
-AXES = {  # the flag that each axis varies, and its values
+AXES = {  # axis: (its flag, its values)
     "images": (None, (1000, 5000, 20000, 50000)),
     "batch size": ("--batch-size", (16, 64, 256, 1024)),
     "image size": ("--image-size", (16, 32, 48, 64)),
@@ -40,7 +46,7 @@ def random_dataset(count, image_size):
 
 
 def one_value(axis, value, device, *, count, steps, flags):
-    """The Ours of one value of an axis."""
+    """The training steps, an Ours, for one value of an axis."""
     flag, _ = AXES[axis]
     image_size = value if axis == "image size" else 32
     dataset = random_dataset(value if axis == "images" else count, image_size)
@@ -48,17 +54,13 @@ def one_value(axis, value, device, *, count, steps, flags):
     return Ours("train_vit", [*flags, *([flag, str(value)] if flag else [])], dataset, device, steps)
 
 
-def peak_of(value, kind, flags):
-    """The most bytes that were held in training a few steps on so many images, in a fresh process."""
-    device = torch.device(kind)
-    ours = one_value("images", value, device, count=value, steps=3, flags=flags)
-    with ours.settings():
-        ours()
-    return peak_memory_bytes(device)
+def peak_of(value, device, flags):
+    """The most bytes in use in a few training steps on that number of images."""
+    return peak_of_run(one_value("images", value, device, count=value, steps=3, flags=flags), device)
 
 
 def plot_scaling(path, tables, device):
-    """A panel an axis: GFLOP a second over its values."""
+    """One panel per axis: GFLOP per second over its values."""
     figure = Figure(figsize=(3.2 * len(tables), 3), layout="constrained")
     axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
@@ -70,18 +72,18 @@ def plot_scaling(path, tables, device):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0)
-    axes[0].set_ylabel(f"GFLOP a second, {device_name(device)}")
+    axes[0].set_ylabel(f"GFLOP per second, {device_name(device)}")
     save_plot(path, figure)
 
 
 def main(argv=None):
     parser = speed_parser(__doc__.splitlines()[0])
-    parser.add_argument("--axes", choices=AXES, nargs="+", default=list(AXES), help="(all)")
-    parser.add_argument("--num-images", type=at_least(1), default=5000, help="where they do not vary (%(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=2, help="at a time (%(default)s)")
+    parser.add_argument("--axes", choices=AXES, nargs="+", default=list(AXES), help="what to vary")
+    parser.add_argument("--num-images", type=at_least(1), default=5000, help="in the axes other than images")
+    parser.add_argument("--steps", type=at_least(1), default=2, help="training steps per measurement")
     args, flags = parser.parse_known_args(argv)
     device = pick_device(args.device)
-    print(f"{device_name(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    print_machine(device)
     tables = {}
     for axis in args.axes:
         options = {"count": args.num_images, "steps": args.steps, "flags": flags}
@@ -96,11 +98,10 @@ def main(argv=None):
             print(f"{value:12,}{speed:12,.0f}{speed * work:10,.0f}")
         del ours
     if "images" in args.axes:
-        print(f"\n{'images':>12}{'MiB of them':>14}{'MiB at most':>14}")
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            for value, row in tables["images"].items():
-                row["bytes"], row["peak_bytes"] = 3 * 32 * 32 * value, pool.apply(peak_of, (value, device.type, flags))
-                print(f"{value:12,}{row['bytes'] / 2**20:14,.0f}{row['peak_bytes'] / 2**20:14,.0f}")
+        print(f"\n{'images':>12}{'MiB of images':>15}{'peak MiB':>12}")
+        for value, row in tables["images"].items():
+            row["bytes"], row["peak_bytes"] = 3 * 32 * 32 * value, in_fresh_process(peak_of, value, device, flags)
+            print(f"{value:12,}{row['bytes'] / 2**20:15,.0f}{row['peak_bytes'] / 2**20:12,.0f}")
     if args.out:
         write_speeds(args.out, device, {"axes": tables})
         plot_scaling(Path(args.out).with_suffix(".png"), tables, device)

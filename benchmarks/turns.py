@@ -1,6 +1,8 @@
-"""What is measured side by side: ways that take turns, round after round, the table of their speeds, and its file."""
+"""What all benchmarks share. The ways to do a job take turns, round after round; tables and figures show the median
+and the quartiles of the rounds."""
 
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -10,25 +12,22 @@ import torch
 from matplotlib.figure import Figure
 
 from files import write_atomically
-from training.arguments import Parser, at_least, positive
-from training.device import device_name
+from training.device import device_name, peak_memory_bytes
+from training.flags import Parser, at_least, positive
 
 
 def speed_parser(description):
     """A parser with the flags of every benchmark."""
-    parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
-    parser.add_argument("--rounds", type=at_least(2), default=5, help="(%(default)s)")
-    parser.add_argument("--seconds", type=positive, default=1.0, metavar="S", help="a turn, at least (%(default)s)")
-    parser.add_argument("--out", help="also write the speeds of all rounds to this JSON")
+    parser = Parser(description)
+    parser.add_argument("--device", help="cpu or cuda (default: the first available)")
+    parser.add_argument("--rounds", type=at_least(2), default=5, help="turns of each way")
+    parser.add_argument("--seconds", type=positive, default=1.0, metavar="S", help="least duration of a turn")
+    parser.add_argument("--out", metavar="FILE", help="also write the speeds of all rounds to this JSON file")
     return parser
 
 
 def images_per_second(run, device, seconds, settle=0):
-    """run() again and again for at least so many seconds; it returns how many images it has done.
-
-    Before that so many times, uncounted, as `settle` says.
-    """
+    """Call run(), which returns its number of images, for at least `seconds`, after `settle` uncounted calls."""
     for _ in range(settle):
         run()
     start, count = time.perf_counter(), 0
@@ -41,9 +40,9 @@ def images_per_second(run, device, seconds, settle=0):
 
 
 def take_turns(ways, device, *, rounds, seconds, settle=0):
-    """{way: images a second in each round} of {way: run}, after a short round that does not count.
+    """{way: images per second in each round} of {way: run}, after a short round that does not count.
 
-    A run that has settings() has its turns inside of that context.
+    If a run has a method settings(), its turns take place in that context.
     """
     speeds = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -54,20 +53,38 @@ def take_turns(ways, device, *, rounds, seconds, settle=0):
     return speeds
 
 
+def peak_of_run(run, device):
+    """Call run() once; the most bytes in use: on the GPU during the call, on a CPU since the process began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with getattr(run, "settings", nullcontext)():
+        run()
+    return peak_memory_bytes(device)
+
+
+def in_fresh_process(function, *args):
+    """function(*args), called in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def print_machine(device, *notes):
+    print(", ".join([device_name(device), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads", *notes]))
+
+
 def print_speeds(title, speeds):
-    """The medians with the quartiles of the rounds, and how many times as fast as each other way the first one is."""
+    """The medians and quartiles of the rounds, and how many times as fast as each other way the first way is."""
     width = max(len(title), *map(len, speeds)) + 2
     ours = next(iter(speeds))
     print(f"\n{title:{width}}{'images/s':>12}{'quartiles':>24}   {ours} is")
     for name, values in speeds.items():
-        middle = statistics.median(values)
-        low, _, high = statistics.quantiles(values, method="inclusive")
+        low, middle, high = statistics.quantiles(values, method="inclusive")
         ratio = "" if name == ours else f"{statistics.median(speeds[ours]) / middle:6.1f} times as fast"
         print(f"{name:{width}}{middle:12,.0f}{f'{low:,.0f} - {high:,.0f}':>24}   {ratio}".rstrip())
 
 
 def plot_speeds(path, tables, device):
-    """Bars of {title: speeds}: how many images a second each way does, the quartiles of its rounds as a line."""
+    """Bars of {title: speeds}: the median images per second of each way, with the quartiles of its rounds."""
     counts = [len(speeds) for speeds in tables.values()]
     figure = Figure(figsize=(7, 0.5 + 0.35 * sum(counts) + 0.5 * len(counts)), layout="constrained")
     axes = figure.subplots(len(tables), squeeze=False, height_ratios=counts)[:, 0]
@@ -79,7 +96,7 @@ def plot_speeds(path, tables, device):
         axis.bar_label(bars, [f"{middle:,.0f}" for middle in middles], padding=8)
         axis.set(title=title, xlim=(0, 1.2 * max(middles)))
         axis.invert_yaxis()
-    axes[-1].set_xlabel(f"images a second, {device_name(device)}")
+    axes[-1].set_xlabel(f"images per second, {device_name(device)}")
     save_plot(path, figure)
 
 
@@ -88,7 +105,7 @@ def save_plot(path, figure):
 
 
 def write_speeds(path, device, results):
-    """The results, and what they were measured on, as JSON."""
-    about = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    text = json.dumps({**about, "torch": torch.__version__, **results}, indent=1)
+    """Write the results, and what they were measured on, as JSON."""
+    machine = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    text = json.dumps({**machine, "torch": torch.__version__, **results}, indent=1)
     write_atomically(path, lambda file: file.write(f"{text}\n".encode()))

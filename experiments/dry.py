@@ -1,4 +1,4 @@
-"""Every row of a plan once, with one epoch of a handful of images: does it run at all?"""
+"""A dry run: each row of a plan trains for one epoch on a few images, which shows whether it runs at all."""
 
 import argparse
 import tempfile
@@ -8,20 +8,20 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
-from experiments.jobs import checkpoint_folder, run_folder, start_of
+from experiments.jobs import measured_folder, run_folder, start_of
 from experiments.plans import script_module
 
-TINY = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
+TINY_RUN = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
 SHORT_ROUNDS = ("--rounds", "2", "--seconds", "0.01")
-QUICK = {  # of a measurement, whose own arguments have been checked when the plan was read
+SHORT_MEASUREMENTS = {
     "benchmarks.train": ("--models", "cct_2_3x2", "--dataset", "shapes", "--batch-size", "2", *SHORT_ROUNDS),
     "benchmarks.augment": ("--batch-size", "4", *SHORT_ROUNDS),
     "rollout.py": ("--evaluate", "--num-images", "2", "--method", "rollout"),
 }
 
 
-def draw_images(folder):
-    """Ten classes of noise, four training and two test images each, of 32 pixels."""
+def write_noise(folder):
+    """Ten classes of noise images, 32 x 32 pixels: four training and two test images per class."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 4), ("test", 2)):
         for label in range(10):
@@ -32,25 +32,23 @@ def draw_images(folder):
 
 
 def dry_run(jobs, args):
-    """Do each row's first job that way, in a folder that is gone afterwards. Raises UserError that names the first row
-    that failed."""
+    """Do the jobs in a temporary folder, in this process. Raises UserError that names the first one that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_images(Path(folder, "images"))
+        write_noise(Path(folder, "images"))
         places = argparse.Namespace(out_dir=Path(folder, "runs"))
         device = ["--device", args.device] if args.device else []
-        where = ["--data-dir", f"{folder}/images", "--cache-dir", f"{folder}/cache"]
+        data = ["--data-dir", f"{folder}/images", "--cache-dir", f"{folder}/cache"]
         for number, job in enumerate(jobs, 1):
             print(f"--- dry run {number} of {len(jobs)}: {job.name}", flush=True)
-            main = script_module(job.row.script).main
             if job.seed is not None:
                 run, start = run_folder(job, places), start_of(job)
-                arguments = [*job.row.arguments, *TINY, *where, "--out-dir", str(run.parent), "--run-name", run.name]
+                arguments = [*job.row.arguments, *TINY_RUN, *data, "--out-dir", str(run.parent), "--run-name", run.name]
                 arguments += ["--init-from", str(run_folder(start, places))] if start else []
             elif job.row.checkpoint:
-                arguments = [str(checkpoint_folder(job, places)), *QUICK[job.row.script], *where]
+                arguments = [str(measured_folder(job, places)), *SHORT_MEASUREMENTS[job.row.script], *data]
             else:
-                arguments = [*job.row.arguments, *QUICK[job.row.script]]
+                arguments = [*job.row.arguments, *SHORT_MEASUREMENTS[job.row.script]]
             try:
-                main([*arguments, *device])
+                script_module(job.row.script).main([*arguments, *device])
             except UserError as error:
                 raise UserError(f"{job.name}: {error}") from error

@@ -1,21 +1,24 @@
-"""What there is to do of plans, a training run or a measurement at a time, and how it is done."""
+"""Jobs: the training runs and measurements of plans that are missing, how long they take, and how they are done."""
 
+import csv
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.plans import Measurement, Plan, PlanRow, by_name, misfit, run_name
+from experiments.plans import Measurement, Plan, PlanRow, by_name, misfit, run_name, script_module
 from experiments.runs import read_run
 from files import make_folder, write_atomically
-from training.device import pick_device
+from training.device import device_name, pick_device
 
 
 class Job(NamedTuple):
-    """One seed of a row, or a measurement, whose seed is None."""
+    """One seed of a row, or a measurement, which has no seed."""
 
     plan: Plan
     row: PlanRow | Measurement
@@ -27,14 +30,14 @@ class Job(NamedTuple):
 
 
 def wanted_seeds(row, seeds):
-    """The seeds of a row: as many as asked for, or as its plan says; none where it is not run."""
+    """The seeds of a row: `seeds` of them, by default as many as the plan says; none if the row is not run."""
     return range(0 if row.not_run else seeds or row.seeds)
 
 
-def open_jobs(plans, found, args):
-    """The Jobs that are open, in the order of the plans, and in a plan all rows with one seed before the next seed.
+def missing_jobs(plans, found, args):
+    """The Jobs without a result: plan by plan, and all rows with one seed before the next seed.
 
-    found is {plan's name: fitting_runs}, args are those of campaign.py.
+    found is {plan's name: {row's name: {seed: run}}}, args are those of campaign.py.
     """
     jobs = []
     for plan in plans:
@@ -43,7 +46,7 @@ def open_jobs(plans, found, args):
             rows = [row for row in plan.rows if seed in wanted[row.name] and seed not in found[plan.name][row.name]]
             jobs += [Job(plan, row, seed) for row in rows]
         measurements = [Job(plan, measurement) for measurement in plan.measurements]
-        jobs += [job for job in measurements if not measured_file(job, args).exists()]
+        jobs += [job for job in measurements if not measurement_file(job, args).exists()]
     return jobs
 
 
@@ -52,31 +55,80 @@ def run_folder(job, args):
 
 
 def is_trained(folder):
-    """Whether a finished run's weights are there."""
+    """Whether a run is finished and its weights are still there."""
     return (folder / "result.json").exists() and (folder / "last.pt").exists()
 
 
 def start_of(job):
-    """The Job whose run a job's starts from; None where it starts from scratch."""
+    """The Job of the run whose weights a job starts from; None if it starts from scratch."""
     return Job(job.plan, by_name(job.plan.rows, job.row.init_from), job.seed) if job.row.init_from else None
 
 
-def kept_result(job, row, args):
-    """Where the result of a row is kept, for a job's seed."""
-    return Path(args.results) / job.plan.name / f"{run_name(row.name, job.seed)}.json"
+def result_file(job, args):
+    return Path(args.results) / job.plan.name / f"{run_name(job.row.name, job.seed)}.json"
 
 
-def run_command(command, deadline=None):
-    """The exit code of a command. A signal that asks to stop is passed on, and raised when the command has ended.
+def measurement_file(job, args):
+    """The file of a measurement's result; for a benchmark, its name includes the type of device."""
+    device_type = "" if job.row.checkpoint else f"-{pick_device(args.device).type}"
+    return Path(args.results) / job.plan.name / f"{job.row.name}{device_type}.json"
 
-    At the deadline (of time.monotonic()) the command is stopped; then the exit code is None. The command has a session
-    of its own: otherwise Ctrl-C would reach it twice, and the second time ends it without saving.
+
+def measured_folder(job, args):
+    """The folder of the run that is measured: seed 0 of `checkpoint`, PLAN/ROW."""
+    plan, _, name = job.row.checkpoint.partition("/")
+    return Path(args.out_dir) / plan / run_name(name, 0)
+
+
+# How long jobs take
+
+
+def expected_minutes(job, found, args):
+    """The minutes until a run is finished, including the run that it starts from; None if that is not known.
+
+    They follow from the run's own epochs, without the first one, which includes compilation; or else from finished
+    runs of the same row on the same device. found is as in missing_jobs.
+    """
+    if job.seed is None:
+        return None
+    start, before = start_of(job), 0.0
+    if start and not is_trained(run_folder(start, args)):
+        before = expected_minutes(start, found, args)
+    own = minutes_by_log(job, run_folder(job, args) / "log.csv")
+    if own is None:
+        device = device_name(pick_device(args.device))
+        results = [run.result for run in found[job.plan.name][job.row.name].values()]
+        seconds = [result["seconds"] for result in results if result["device"] == device]
+        own = statistics.fmean(seconds) / 60 if seconds else None
+    return None if own is None or before is None else before + own
+
+
+def minutes_by_log(job, log):
+    if not log.exists():
+        return None
+    with open(log, newline="") as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    if len(seconds) < 2:
+        return None
+    given = job.row.given
+    epochs = given.get("epochs") or script_module(job.row.script).chosen_recipe(given)[1]["epochs"]
+    return statistics.median(seconds[1:]) * (epochs - len(seconds)) / 60
+
+
+# Doing them
+
+
+def run_command(command, deadline=math.inf):
+    """The exit code of a command; None if it was stopped at the deadline, a value of time.monotonic().
+
+    A signal that stops this process is passed on to the command, and raised once the command has ended. The command
+    has a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving.
     """
     process, received = subprocess.Popen(command, start_new_session=True), []
 
     def pass_on(signum, frame):
         received.append(signum)
-        if os.name == "posix":  # on Windows Ctrl-C reaches it by itself
+        if os.name == "posix":  # on Windows, Ctrl-C reaches the command anyway
             process.send_signal(signal.SIGTERM)
 
     stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -87,7 +139,7 @@ def run_command(command, deadline=None):
             try:
                 process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                if not late and os.name == "posix" and deadline is not None and time.monotonic() > deadline:
+                if not late and os.name == "posix" and time.monotonic() > deadline:
                     late = True
                     process.send_signal(signal.SIGTERM)
     finally:
@@ -100,69 +152,68 @@ def run_command(command, deadline=None):
     return None if late else process.returncode
 
 
-def do_run(job, args, deadline):
-    """Train one seed of a row, or go on with it; (exit code, the run in results/, None where it is not finished).
+def flags_of(values):
+    """{flag: value} as a list of arguments, without those that are None."""
+    return [part for flag, value in values.items() if value is not None for part in (flag, str(value))]
 
-    The run that it starts from is trained before, where its checkpoint is not there; but not where results of other
-    rows have started from it: they would be compared as if from one trunk. That is said, with exit code 2.
+
+def do_run(job, args, deadline):
+    """Train one seed of a row, or resume it. Returns (exit code, its MeasuredRun in results/, or None if unfinished).
+
+    If the checkpoint that it starts from is missing, that run is trained first. But if results of other rows started
+    from the missing checkpoint, the exit code is 2: the rows would be compared as if they shared one trunk.
     """
-    out_dir, folder, start = Path(args.out_dir) / job.plan.name, run_folder(job, args), start_of(job)
-    if start and not is_trained(run_folder(start, args)):
-        others = [row for row in job.plan.rows if row.init_from == start.row.name and row != job.row]
-        if others := [path for row in others if (path := kept_result(job, row, args)).exists()]:
-            where = f"the weights of {start.name}, that are not in {run_folder(start, args)} any more"
-            print(f"{others[0]} started from {where}: {job.name}, has to start from the same", file=sys.stderr)
-            return 2, None
-        code, run = do_run(start, args, deadline)
-        if not run:
-            return code, None
-    minutes = max(1e-4, (deadline - time.monotonic()) / 60) if deadline else None
+    folder, start, weights = run_folder(job, args), start_of(job), None
+    if start:
+        weights = run_folder(start, args)
+        if not is_trained(weights):
+            siblings = [row for row in job.plan.rows if row.init_from == start.row.name and row != job.row]
+            files = [result_file(job._replace(row=row), args) for row in siblings]
+            if existing := [file for file in files if file.exists()]:
+                print(
+                    f"{job.name} must start from the weights that {existing[0]} started from, those of {start.name},",
+                    f"but they are no longer in {weights}",
+                    file=sys.stderr,
+                )
+                return 2, None
+            code, run = do_run(start, args, deadline)
+            if not run:
+                return code, None
     finished = folder / "result.json"
-    gone = finished.exists() and not (folder / "last.pt").exists()
-    stale = finished.exists() and (old := read_run(finished, out_dir)) and misfit(job.row, old.result)
+    lost = finished.exists() and not (folder / "last.pt").exists()
+    stale = finished.exists() and (old := read_run(finished, folder.parent)) and misfit(job.row, old.result)
+    minutes = None if deadline == math.inf else max(1e-4, (deadline - time.monotonic()) / 60)
     command = [sys.executable, job.row.script]
-    ours = {"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes}
-    for flag, value in (ours | {"--init-from": start and run_folder(start, args)}).items():
-        command += [flag, str(value)] if value else []
-    command += [*job.row.arguments, "--seed", str(job.seed), "--out-dir", str(out_dir), "--run-name", folder.name]
-    code = run_command([*command, *(["--overwrite"] if stale or gone else ["--resume", "auto"])])
+    command += flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
+    command += [*flags_of({"--init-from": weights}), *job.row.arguments]
+    command += flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
+    code = run_command([*command, *(["--overwrite"] if stale or lost else ["--resume", "auto"])])
     if code or not finished.exists():
         return code or 0, None
-    target = kept_result(job, job.row, args)
+    target = result_file(job, args)
     make_folder(target.parent)
     write_atomically(target.with_suffix(".csv"), lambda file: file.write((folder / "log.csv").read_bytes()))
     write_atomically(target, lambda file: file.write(finished.read_bytes()))
     return code, read_run(target, Path(args.results))
 
 
-def measured_file(job, args):
-    """Where a measurement is kept; that of a speed has the kind of device in its name."""
-    kind = "" if job.row.checkpoint else f"-{pick_device(args.device).type}"
-    return Path(args.results) / job.plan.name / f"{job.row.name}{kind}.json"
-
-
-def checkpoint_folder(job, args):
-    """Of the run that a measurement is of: the first seed of PLAN/ROW."""
-    plan, _, name = job.row.checkpoint.partition("/")
-    return Path(args.out_dir) / plan / run_name(name, 0)
-
-
 def do_measurement(job, args, deadline):
-    """Measure it; (exit code, whether it is done). What needs a run that is not here is said, and stays open, as does
-    what is not done at the deadline."""
-    target, row = measured_file(job, args), job.row
+    """Do a measurement. Returns (exit code, whether it is done).
+
+    It is not done if the deadline stops it, or if the run that it measures is not finished.
+    """
+    target, row = measurement_file(job, args), job.row
     make_folder(target.parent)
-    places = {"--device": args.device, "--data-dir": None if row.script == "benchmarks.augment" else args.data_dir}
     if not row.checkpoint:
         command, written = [sys.executable, "-m", row.script, "--out", str(target)], target
     else:
-        folder = checkpoint_folder(job, args)
+        folder = measured_folder(job, args)
         if not is_trained(folder):
-            print(f"{job.name} waits for {folder}, which is not there or not finished")
+            print(f"{job.name} needs the run in {folder}, which is missing or not finished")
             return 0, False
         command, written = [sys.executable, row.script, str(folder), "--evaluate"], folder / "maps" / "evaluation.json"
-    for flag, value in places.items():
-        command += [flag, str(value)] if value else []
+    data_dir = None if row.script == "benchmarks.augment" else args.data_dir  # it needs no images
+    command += flags_of({"--device": args.device, "--data-dir": data_dir})
     code = run_command([*command, *row.arguments], deadline)
     if code == 0 and written != target:
         write_atomically(target, lambda file: file.write(written.read_bytes()))
@@ -170,5 +221,5 @@ def do_measurement(job, args, deadline):
 
 
 def do_job(job, args, deadline):
-    """(exit code, the run in results/, True for a measurement that is done, or None or False)."""
+    """(exit code, result): the MeasuredRun of a training run, True for a measurement; None or False if not done."""
     return do_measurement(job, args, deadline) if job.seed is None else do_run(job, args, deadline)

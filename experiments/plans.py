@@ -1,4 +1,4 @@
-"""Plans: which runs a table is made of. campaign.py says what stands in the TOML file of one."""
+"""Plans: TOML files that say which runs a table consists of. campaign.py describes their keys."""
 
 import importlib
 import re
@@ -9,39 +9,37 @@ from typing import NamedTuple
 
 from errors import UserError
 from experiments.runs import Group, group_runs, warn
-from training.arguments import given_arguments
+from training.arguments import as_flag, given_arguments
+from training.flags import flag_kind
 
 PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "baseline": str, "seeds": int}
-ROW_KEYS = {
-    **{"name": str, "script": str, "arguments": (str, list), "seeds": int},
-    **{"against": str, "init_from": str, "not_run": str},
-}
-MEASUREMENT_KEYS = {"name": str, "script": str, "arguments": (str, list), "checkpoint": str}
-NEEDED_KEYS = ("title", "name", "script")
-CAMPAIGNS_OWN = ("seed", "out_dir", "run_name", "resume", "overwrite", "minutes", "summary")
-PLACES = ("data_dir", "cache_dir", "cache_gib", "workers")  # where and how fast: result.json leaves them out
+COMMAND_KEYS = {"name": str, "script": str, "arguments": (str, list)}
+ROW_KEYS = COMMAND_KEYS | {"seeds": int, "against": str, "init_from": str, "not_run": str}
+MEASUREMENT_KEYS = COMMAND_KEYS | {"checkpoint": str}
+REQUIRED_KEYS = ("title", "name", "script")
 
-
-# what a row or a measurement may run, and the function that makes its parser
+# {what a row or a measurement may run: the function that makes its parser}
 SCRIPTS = {
-    **{"train_vit.py": "vit_parser", "train_cct.py": "cct_parser", "train_resnet_attn.py": "resnet_parser"},
-    **{"benchmarks.train": "train_parser", "benchmarks.augment": "augment_parser", "rollout.py": "rollout_parser"},
+    "train_vit.py": "vit_parser",
+    "train_cct.py": "cct_parser",
+    "train_resnet_attn.py": "resnet_parser",
+    "benchmarks.train": "train_parser",
+    "benchmarks.augment": "augment_parser",
+    "rollout.py": "rollout_parser",
 }
 
 
 class PlanRow(NamedTuple):
-    """A row: `given` is what its arguments say, by name; `against` is the row that it is held against, or None, and
-    `init_from` the row whose weights, of the same seed, it starts from, or None. `not_run` says why it is not run.
-    """
+    """A row of a plan: one command, run with several seeds."""
 
     name: str
     script: str
     arguments: list[str]
-    given: dict
+    given: dict  # the flags in `arguments`, {name: value}
     seeds: int
-    against: str | None
-    init_from: str | None
-    not_run: str | None
+    against: str | None  # the row that it is compared with
+    init_from: str | None  # the row whose weights, of the same seed, it starts from
+    not_run: str | None  # why it is not run
 
 
 class Measurement(NamedTuple):
@@ -63,7 +61,7 @@ class Plan(NamedTuple):
 def script_module(script):
     """The module of a script that a plan names. Raises UserError for an unknown one."""
     if script not in SCRIPTS:
-        raise UserError(f"unknown script {script}; there are {', '.join(SCRIPTS)}")
+        raise UserError(f"unknown script {script}; choose one of {', '.join(SCRIPTS)}")
     return importlib.import_module(script.removesuffix(".py"))
 
 
@@ -72,139 +70,129 @@ def script_parser(script):
     return getattr(script_module(script), SCRIPTS[script])()
 
 
-def check_keys(table, keys, where):
+def check_keys(table, keys):
     for key, value in table.items():
         if key not in keys:
-            raise UserError(f"{where}: unknown key {key}; there are {', '.join(keys)}")
+            raise UserError(f"unknown key {key}; choose from {', '.join(keys)}")
         if not isinstance(value, keys[key]) or (key == "seeds" and value < 1):
-            raise UserError(f"{where}: {key} cannot be {value!r}")
-    if missing := [key for key in keys if key not in table and key in NEEDED_KEYS]:
-        raise UserError(f"{where}: {', '.join(missing)} missing")
+            raise UserError(f"{key} cannot be {value!r}")
+    if missing := [key for key in keys if key not in table and key in REQUIRED_KEYS]:
+        raise UserError(f"{', '.join(missing)} missing")
 
 
-def parse_arguments(table, keys, where):
-    """(a row's or a measurement's arguments as a list, where it stands). Raises UserError."""
-    check_keys(table, keys, where)
+def parse_arguments(table, keys):
+    """(name, script, arguments as a list) of a row or measurement. Raises UserError."""
+    check_keys(table, keys)
     name, arguments = table["name"], table.get("arguments", "")
-    where = f"{where} ({name})"
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"{where}: files are named by it, so that it must be of letters, digits, . _ and -")
+        raise UserError("a name may have letters, digits, . _ and - only, since files are named after it")
     try:
-        return shlex.split(arguments) if isinstance(arguments, str) else list(map(str, arguments)), where
+        arguments = shlex.split(arguments) if isinstance(arguments, str) else list(map(str, arguments))
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"arguments = {arguments!r}: {error}") from error
+    return name, table["script"], arguments
 
 
-def parse_row(table, plan, where):
-    arguments, where = parse_arguments(table, ROW_KEYS, where)
-    name = table["name"]
-    try:
-        parser = script_parser(table["script"])
-        given = given_arguments(parser, arguments)
-        if "init_from" in table:
-            given_arguments(parser, ["--init-from", table["init_from"]])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if taken := [f"--{flag.replace('_', '-')}" for flag in CAMPAIGNS_OWN if flag in given]:
-        raise UserError(f"{where}: {', '.join(taken)} cannot stand in a plan, campaign.py sees to that")
-    against = table.get("against", plan.get("baseline"))
-    return PlanRow(
-        name=name,
-        script=table["script"],
-        arguments=arguments,
-        given=given,
-        seeds=table.get("seeds", plan.get("seeds", 1)),
-        against=None if against == name else against,
-        init_from=table.get("init_from"),
-        not_run=table.get("not_run"),
-    )
+def parse_row(table, plan):
+    name, script, arguments = parse_arguments(table, ROW_KEYS)
+    parser, init_from = script_parser(script), table.get("init_from")
+    given = given_arguments(parser, arguments)
+    if init_from:
+        given_arguments(parser, ["--init-from", init_from])  # raises UserError if the script does not have this flag
+    if taken := [as_flag(flag) for flag in given if flag == "seed" or flag_kind(flag) == "start"]:
+        raise UserError(f"remove {', '.join(taken)}: campaign.py sets this itself")
+    seeds, against = table.get("seeds", plan.get("seeds", 1)), table.get("against", plan.get("baseline"))
+    against = None if against == name else against
+    return PlanRow(name, script, arguments, given, seeds, against, init_from, table.get("not_run"))
 
 
-def parse_measurement(table, where):
-    arguments, where = parse_arguments(table, MEASUREMENT_KEYS, where)
+def parse_measurement(table, plan):
+    name, script, arguments = parse_arguments(table, MEASUREMENT_KEYS)
     checkpoint = table.get("checkpoint")
-    try:
-        script_parser(table["script"]).parse_args([*([checkpoint] if checkpoint else []), *arguments])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return Measurement(table["name"], table["script"], arguments, checkpoint)
+    script_parser(script).parse_args([*([checkpoint] if checkpoint else []), *arguments])
+    return Measurement(name, script, arguments, checkpoint)
+
+
+def parse_tables(plan, kind, parse):
+    """What `parse` makes of each of the plan's tables of a kind. Raises UserError that says which table is wrong."""
+    parsed = []
+    for number, table in enumerate(plan.get(f"{kind}s", []), 1):
+        if not isinstance(table, dict):
+            raise UserError(f"{kind} {number} must be a table, which begins with [[{kind}s]]")
+        try:
+            parsed.append(parse(table, plan))
+        except UserError as error:
+            name = f" ({table['name']})" if "name" in table else ""
+            raise UserError(f"{kind} {number}{name}: {error}") from error
+    return parsed
 
 
 def by_name(rows, name):
     return next(row for row in rows if row.name == name)
 
 
-def read_toml(path):
-    """A plan as it stands in its file, with a list of tables for each of its two kinds. Raises UserError."""
-    try:
-        plan = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no TOML: {error}") from error
-    check_keys(plan, PLAN_KEYS, path)
-    kinds = {kind: plan.get(kind, []) for kind in ("rows", "measurements")}
-    if not any(kinds.values()):
-        raise UserError(f"{path}: there is nothing in it: [[rows]] or [[measurements]]")
-    for kind, tables in kinds.items():
-        if not all(isinstance(table, dict) for table in tables):
-            raise UserError(f"{path}: {kind} are tables, [[{kind}]] starts each")
-    return plan | kinds
+def check_names(plan, rows, measurements):
+    """Raises UserError for names that are not unique, and for references to rows that do not exist."""
+    names = [row.name for row in rows]
+    all_names = names + [measurement.name for measurement in measurements]
+    if repeated := [name for name in all_names if all_names.count(name) > 1]:
+        raise UserError(f"two rows are named {repeated[0]}")
+    references = [("baseline", plan.get("baseline"))]
+    references += [(key, getattr(row, key)) for row in rows for key in ("against", "init_from")]
+    for key, name in references:
+        if name is not None and name not in names:
+            raise UserError(f"{key} = {name} is not a row; choose one of {', '.join(names)}")
+    if chained := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).init_from]:
+        raise UserError(f"init_from of {chained[0]} must name a row that has no init_from itself")
 
 
 def read_plan(path):
-    """The Plan in a TOML file, its rows' arguments checked by the parser of their script. Raises UserError."""
-    plan = read_toml(path)
-    rows = [parse_row(table, plan, f"{path}, row {number}") for number, table in enumerate(plan["rows"], 1)]
-    measurements = [
-        parse_measurement(table, f"{path}, measurement {number}")
-        for number, table in enumerate(plan["measurements"], 1)
-    ]
-    names = [row.name for row in rows]
-    everything = names + [measurement.name for measurement in measurements]
-    if twice := [name for name in everything if everything.count(name) > 1]:
-        raise UserError(f"{path}: two rows are named {twice[0]}")
-    for name in (plan.get("baseline"), *(row.against for row in rows), *(row.init_from for row in rows)):
-        if name is not None and name not in names:
-            raise UserError(
-                f"{path}: {name} is no row, to hold others against or to start from; there are {', '.join(names)}"
-            )
-    if loops := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).init_from]:
-        raise UserError(f"{path}: {loops[0]} starts from a row that does not start from scratch")
+    """The Plan in a TOML file; each row's arguments are checked by its script's parser. Raises UserError."""
+    try:
+        plan = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        check_keys(plan, PLAN_KEYS)
+        rows = parse_tables(plan, "row", parse_row)
+        measurements = parse_tables(plan, "measurement", parse_measurement)
+        if not rows and not measurements:
+            raise UserError("no runs in it; add [[rows]] or [[measurements]]")
+        check_names(plan, rows, measurements)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except ValueError as error:  # of tomllib or the text's encoding
+        raise UserError(f"{path} is not TOML: {error}") from error
     return Plan(Path(path).stem, plan["title"], rows, measurements)
 
 
 def run_name(row_name, seed):
-    """What a run's folder and file are called."""
+    """The name of a run's folder and files."""
     return f"{row_name}-seed-{seed}"
 
 
 def misfit(row, result):
-    """Why a result is not one of a row; None where it is."""
-    wanted = {"script": row.script}
-    found = {"script": result["script"]}
-    for name in row.given.keys() - set(PLACES):
-        flag = f"--{name.replace('_', '-')}"
-        wanted[flag], found[flag] = row.given[name], result["args"].get(name)
+    """Why a result is not of this row; None if it is."""
+    values = {"script": (result["script"], row.script)}  # {name: (in the result, in the plan)}
+    for name, value in row.given.items():
+        if flag_kind(name) == "run" and name != "init_from":  # results leave out the others
+            values[as_flag(name)] = result["args"].get(name), value
     if row.init_from:
-        wanted["init_from"], found["init_from"] = run_name(row.init_from, result["seed"]), result.get("init_from")
-    different = [name for name in sorted(wanted) if found[name] != wanted[name]]
-    return "; ".join(f"{name} is {found[name]} there and {wanted[name]} in the plan" for name in different) or None
+        values["init_from"] = result.get("init_from"), run_name(row.init_from, result["seed"])
+    different = [name for name, (there, here) in sorted(values.items()) if there != here]
+    return "; ".join("{} is {} there and {} in the plan".format(name, *values[name]) for name in different) or None
 
 
 def fitting_runs(plan, runs):
-    """{row's name: {seed: run}} of a plan; a run with a row's name that does not fit the row is named and left out."""
+    """{row's name: {seed: run}} of a plan; warns about runs with a row's name that do not fit the row."""
     found = {row.name: {} for row in plan.rows}
     for row in plan.rows:
-        for run in runs:
-            if run.name != f"{plan.name}/{row.name}":
-                continue
+        for run in (run for run in runs if run.name == f"{plan.name}/{row.name}"):
             seed = run.result["seed"]
             reason = misfit(row, run.result)
             if not run.path.stem.endswith(f"-seed-{seed}"):
                 reason = f"seed is {seed} there"
             if reason:
-                warn(f"{run.path} is not counted: it does not fit {plan.name}'s row {row.name} ({reason})")
+                warn(f"{run.path} does not count: it does not fit {plan.name}'s row {row.name} ({reason})")
             else:
                 found[row.name][seed] = run
         if len(group_runs(found[row.name].values())) > 1:
@@ -213,9 +201,9 @@ def fitting_runs(plan, runs):
 
 
 def plan_pairs(plan, found):
-    """(group, the group that it is held against, or None, whether by seed) for each row: what comparison_table takes.
+    """A plan's rows as comparison_table takes them; found is {row's name: {seed: run}}.
 
-    Rows are compared seed by seed where both start from the same trained row.
+    Seeds are paired if both rows start from the same trained row.
     """
     groups = {name: Group(name, list(runs.values())) for name, runs in found.items()}
     starts = {row.name: row.init_from for row in plan.rows}

@@ -1,18 +1,16 @@
-"""Measured runs: the JSON files in results/, and groups of those that differ in nothing but the seed."""
+"""Measured runs: the JSON files in results/, and groups of runs that differ only in the seed."""
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t as student
-
 from errors import UserError
+from training.flags import flag_kind
 
-# every key that is used here and in the files beside this one, with the types that it may have
-NEEDED = {
+# the keys of a result that this folder uses, with their types
+RESULT_KEYS = {
     "script": str,
     "args": dict,
     "params": int,
@@ -25,15 +23,11 @@ NEEDED = {
     "device": str,
     "seconds": (int, float),
 }
-# arguments that may differ within a group
-FREE_OF_GROUP = ("seed", "device", "minutes", "save_minutes", "save_epochs", "summary")
-
-
-OTHERS = ("maps", "speed")  # folders of results/ that hold other measurements
+OTHER_RESULTS = ("maps", "speed")  # folders of results/ that hold no runs
 
 
 class MeasuredRun(NamedTuple):
-    """A file of results/: its path, the name of its group (`plan/row`, or a file's stem without -seed-K), the JSON."""
+    """A JSON file of results/: its path, the name of its group (`plan/row`, without -seed-K), and its content."""
 
     path: Path
     name: str
@@ -45,7 +39,7 @@ class Group(NamedTuple):
     runs: list[MeasuredRun]
 
     def accuracies(self, by):
-        """{seed: accuracy} of those runs that have it; `by` is test (the last epoch's, as a fraction) or val."""
+        """{seed: accuracy as a fraction} of the runs that have it; `by` is "test" (the last epoch's) or "val"."""
         found = {run.result["seed"]: run.result[f"{by}_accuracy"] for run in self.runs}
         return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
 
@@ -55,72 +49,61 @@ def warn(message):
 
 
 def read_run(path, folder):
-    """The run in a JSON file of the results' folder; None, after one line on stderr, where there is none in it."""
+    """The MeasuredRun in a JSON file below `folder`; None, with a warning on stderr, if the file is not a result."""
     name = re.sub(r"-seed-\d+$", "", path.relative_to(folder).with_suffix("").as_posix())
     try:
         result = json.loads(path.read_text())
-        wrong = [key for key, kind in NEEDED.items() if not isinstance(result[key], kind)]
+        wrong = [key for key, kind in RESULT_KEYS.items() if not isinstance(result[key], kind)]
         if not wrong:
             return MeasuredRun(path, name, result)
-        reason = f"{', '.join(wrong)} cannot be that"
+        reason = f"{', '.join(wrong)} has the wrong type"
     except KeyError as error:
         reason = f"it has no {error.args[0]}"
     except OSError as error:
         reason = error.strerror
     except (ValueError, TypeError):
-        reason = "it is no JSON of a run"
+        reason = "it is not the JSON of a run"
     warn(f"{path} is left out: {reason}")
     return None
 
 
 def read_runs(folder):
-    """All runs below a folder but for those of OTHERS, by name and seed. Raises UserError where there is no folder."""
+    """All runs below a folder, without OTHER_RESULTS, by name and seed. Raises UserError if there is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--results {folder}: there is no such folder")
-    paths = [path for path in sorted(folder.rglob("*.json")) if path.relative_to(folder).parts[0] not in OTHERS]
+    paths = [path for path in sorted(folder.rglob("*.json")) if path.relative_to(folder).parts[0] not in OTHER_RESULTS]
     runs = [run for path in paths if (run := read_run(path, folder))]
     return sorted(runs, key=lambda run: (run.name, run.result["seed"]))
 
 
 def group_runs(runs):
-    """Groups of runs of one name, script, images and arguments but for the seed; a seed counts once in a group."""
+    """Groups of runs with the same name, script, images and arguments except the seed; each seed counts once."""
     groups = {}
     for run in runs:
-        args = {name: value for name, value in run.result["args"].items() if name not in FREE_OF_GROUP}
+        args = {k: value for k, value in run.result["args"].items() if flag_kind(k) == "run" and k != "seed"}
         what = [run.result[key] for key in ("script", "params", "dataset_name", "data_hash")]
         group = groups.setdefault((run.name, json.dumps([args, what], sort_keys=True)), Group(run.name, []))
         if any(run.result["seed"] == other.result["seed"] for other in group.runs):
-            warn(f"{run.path} is left out: seed {run.result['seed']} of {run.name} is there already")
+            warn(f"{run.path} is left out: {run.name} has another run with seed {run.result['seed']}")
         else:
             group.runs.append(run)
     return list(groups.values())
 
 
 def find_group(groups, name, folder):
-    """The group that a user's name means: its name, the last part of it, or a file of it. Raises UserError."""
+    """The group that a user names: by its name, the last part of it, or one of its files. Raises UserError."""
     if by_path := [group for group in groups if any(run.path == Path(name) for run in group.runs)]:
         return by_path[0]
     path = Path(name)
     if path.is_relative_to(folder):
         path = path.relative_to(folder)
     key = path.as_posix().removesuffix(".json")
-    found = [group for group in groups if group.name == key] or [
-        group for group in groups if group.name.endswith(f"/{key}")
-    ]
+    found = [group for group in groups if group.name == key]
+    found = found or [group for group in groups if group.name.endswith(f"/{key}")]
     if not found:
-        raise UserError(f"{name}: there is no such run in {folder}; `python compare.py` lists those that there are")
+        raise UserError(f"{name}: there is no such run in {folder}; `python compare.py` lists the runs")
     if len(found) > 1:
         files = ", ".join(str(group.runs[0].path) for group in found)
-        raise UserError(f"{name} stands for {len(found)} groups of runs; name a file of one: {files}")
+        raise UserError(f"{name} matches {len(found)} groups of runs; name a file of one: {files}")
     return found[0]
-
-
-def summarise(values):
-    """(mean, standard deviation, 95 % interval by Student's t) of a list; the latter two are None for one value."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, None, None
-    deviation = statistics.stdev(values)
-    half = float(student.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return mean, deviation, (mean - half, mean + half)

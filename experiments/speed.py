@@ -1,4 +1,4 @@
-"""What benchmarks/ has written down, as Markdown."""
+"""The results of benchmarks/ as Markdown."""
 
 import json
 import statistics
@@ -9,40 +9,41 @@ from experiments.tables import markdown
 
 
 def ratio_rows(tables):
-    """How many times as fast as the others our ways are, by the medians of the rounds: a row for each of the others.
+    """How many times as fast as each of the others our ways are, by the medians of the rounds: one row per other way.
 
-    tables is {what: {way: images a second in each round}}. The first way is ours, and so is one whose name goes on
-    from its name, "ours in float32".
+    tables is {what: {way: images per second in each round}}. Ours are the first way and those whose name begins with
+    its name, such as "ours in float32".
     """
-    medians = {job: {way: statistics.median(rounds) for way, rounds in ways.items()} for job, ways in tables.items()}
+    medians = {what: {way: statistics.median(rounds) for way, rounds in ways.items()} for what, ways in tables.items()}
     ours = list(dict.fromkeys(way for ways in tables.values() for way in ways if way.startswith(next(iter(ways)))))
     rows = [["what", "against", *(f"times as fast: {way}" for way in ours)]]
-    for job, ways in medians.items():
+    for what, ways in medians.items():
         for peer in (way for way in ways if way not in ours):
             ratios = [f"{ways[way] / ways[peer]:.1f}" if way in ways else "-" for way in ours]
-            rows.append([job, peer, *ratios])
+            rows.append([what, peer, *ratios])
     return rows
 
 
 def cost_rows(results):
-    """What our training steps make of the machine: the share of its matrix product, and the memory beside others'."""
-    rows = [["what", "way", "GFLOP per image", "of the peak", "data and augmentation", "MiB at most"]]
-    for job, peaks in results["peak_bytes"].items():
-        for way, held in peaks.items():
-            dtype, share = results["share_of_peak"][job].get(way, (None, None))
+    """Each way's share of the machine's peak in matrix products, its time for data, and its peak memory."""
+    rows = [["what", "way", "GFLOP per image", "share of peak", "data and augmentation", "peak memory (MiB)"]]
+    for what, peaks in results["peak_bytes"].items():
+        for way, peak_bytes in peaks.items():
+            dtype, share = results["share_of_peak"][what].get(way, (None, None))
             peak = f"{100 * share:.0f} % in {dtype}" if dtype else "-"
-            work = f"{results['gflop_per_image'][job]:.2f}" if dtype else "-"
-            data = f"{100 * results['data_share'][job]:.1f} %" if way == "ours" else "-"
-            rows.append([job, way, work, peak, data, f"{held / 2**20:,.0f}"])
+            work = f"{results['gflop_per_image'][what]:.2f}" if dtype else "-"
+            data = f"{100 * results['data_share'][what]:.1f} %" if way == "ours" else "-"
+            rows.append([what, way, work, peak, data, f"{peak_bytes / 2**20:,.0f}"])
     return rows
 
 
 def speed_text(path):
-    """The tables of a file of a benchmark, below the machine that it was measured on. Raises UserError."""
-    if not Path(path).exists():
-        return f"`{Path(path).stem}`: not yet measured"
+    """The machine and the tables of a benchmark's JSON file. Raises UserError if the file is something else."""
+    path = Path(path)
+    if not path.exists():
+        return f"Not measured yet: `{path.stem}`."
     try:
-        results = json.loads(Path(path).read_text())
+        results = json.loads(path.read_text())
         text = f"{results['device']}, {results['threads']} CPU threads, torch {results['torch']}"
         if peaks := results.get("peak_gflops"):
             text += "; matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())

@@ -1,15 +1,15 @@
-"""Groups of runs as text: aligned for the terminal, Markdown for README.md."""
+"""Groups of runs as text: aligned for the terminal, or Markdown."""
 
 import statistics
+from typing import NamedTuple
 
-from experiments.runs import summarise
-from experiments.significance import compare_accuracies, verdicts
+from experiments.statistics import compare_accuracies, summarise, verdicts
 
-MINUTES = "minutes a run"  # on a GPU; a CPU says nothing with its name alone
+MINUTES = "minutes per run"  # on a GPU; a CPU's name alone does not tell how many cores there were
 
 
 def aligned(rows):
-    """Lists of strings, the first of them the heads, as lines with aligned columns: numbers right, the rest left."""
+    """Lists of strings, the headings first, as lines with aligned columns: numbers right, the rest left."""
     columns = []
     for cells in zip(*rows, strict=True):
         width = max(map(len, cells))
@@ -28,22 +28,22 @@ def percent(value):
 
 
 def interval_text(interval, form="{:.2f}"):
-    """A pair of fractions in per cent; - where it is None."""
+    """A pair of fractions in per cent; "-" for None."""
     return "-" if interval is None else " to ".join(form.format(100 * end) for end in interval)
 
 
 def spread(values):
-    """What runs of a group have in common, or from where to where they go."""
+    """The one value that all runs of a group have, or the smallest and the largest."""
     values = sorted(set(values))
     return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,}-{values[-1]:,}"
 
 
 def group_cells(group, by):
-    """The cells of a group in every table, by their heads."""
+    """The cells of a group in every table, by their headings."""
     values = list(group.accuracies(by).values())
     results = [run.result for run in group.runs]
-    cells = dict.fromkeys(("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", MINUTES), "-")
-    cells["device"] = "-"
+    headings = ("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", MINUTES, "device")
+    cells = dict.fromkeys(headings, "-")
     if results:
         cells["dataset"] = results[0]["dataset_name"]
         cells["epochs"] = spread(result["epochs"] for result in results)
@@ -57,12 +57,12 @@ def group_cells(group, by):
         cells["95 % interval"] = interval_text(interval)
         cells["N"] = str(len(values))
     elif not results:
-        cells[f"{by} accuracy"] = "not yet measured"
+        cells[f"{by} accuracy"] = "not measured yet"
     return {"name": group.name, **cells}
 
 
 def groups_table(groups, *, by="test", layout=aligned):
-    """One line a group: what was run, mean ± standard deviation over seeds, its 95 % interval, N, on a GPU its time."""
+    """One line per group: what was run, mean ± standard deviation over seeds, 95 % interval, N, minutes on a GPU."""
     rows = [group_cells(group, by) for group in groups]
     if all(cells[MINUTES] == "-" for cells in rows):
         for cells in rows:
@@ -71,7 +71,10 @@ def groups_table(groups, *, by="test", layout=aligned):
 
 
 def comparison_table(pairs, *, by="test"):
-    """groups_table of pairs (group, the baseline that it is held against, or None), and below it their differences."""
+    """groups_table, and below it each group's difference from its baseline.
+
+    pairs are (group, baseline or None, whether seeds are paired).
+    """
     text = groups_table([group for group, _, _ in pairs], by=by)
     names, comparisons = [], []
     for group, base, paired in pairs:
@@ -95,3 +98,57 @@ def comparison_table(pairs, *, by="test"):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
         text += f"\np: two-sided permutation test over seeds, exact up to a million permutations{correction}"
     return text
+
+
+# The CCT report's score for CIFAR-100: accuracy for its cost in parameters
+
+BEST_OF_FOUR = "Hassani et al. 2021, best of 4 runs, head of 10 classes"
+
+
+class PublishedPoint(NamedTuple):
+    name: str
+    accuracy: float
+    params: int
+    source: str
+
+
+# Accuracies of CCT: the table in github.com/SHI-Labs/Compact-Transformers (200 epochs). Parameters as published:
+# without the positional embedding for CCT-6/3x1, with it for the other two.
+PUBLISHED = (
+    PublishedPoint("CondenseNet-86", 0.7636, 520_000, "Huang et al. 2018, table in their repository"),
+    PublishedPoint("CCT-6/3x1", 0.7671, 3_168_267, BEST_OF_FOUR),
+    PublishedPoint("CCT-7/3x1", 0.7705, 3_760_139, BEST_OF_FOUR),
+    PublishedPoint("CCT-6/3x1, report", 0.75145, 3_191_397, "CCT report, its own run, without the embedding"),
+    PublishedPoint("CCT-4/3x2", 0.7046, 482_123, BEST_OF_FOUR),
+)
+
+
+def parameter_score(accuracy, params):
+    """(accuracy in per cent - 70) / millions of parameters * 100."""
+    return (100 * accuracy - 70) / (params / 1e6) * 100
+
+
+def scored_groups(groups):
+    """(group, mean test accuracy, parameters) of the groups on CIFAR-100, the best score first."""
+    scored = [
+        (group, statistics.fmean(group.accuracies("test").values()), group.runs[0].result["params"])
+        for group in groups
+        if group.runs[0].result["dataset_name"] == "cifar100"
+    ]
+    return sorted(scored, key=lambda entry: -parameter_score(*entry[1:]))
+
+
+def score_cells(accuracy, params):
+    return [f"{params:,}", f"{parameter_score(accuracy, params):.0f}"] if params else ["-", "-"]
+
+
+def score_table(groups):
+    """Our scores, with all trainable parameters and without a learnable positional embedding; then the published."""
+    rows = [["name", "test accuracy", "N", "parameters", "score", "without embedding", "score", "source"]]
+    for group, accuracy, params in scored_groups(groups):
+        without = group.runs[0].result.get("params_without_embedding")
+        cells = [*score_cells(accuracy, params), *score_cells(accuracy, without)]
+        rows.append([group.name, f"{percent(accuracy)} %", str(len(group.runs)), *cells, "here"])
+    for name, accuracy, params, source in PUBLISHED:
+        rows.append([name, f"{percent(accuracy)} %", "-", *score_cells(accuracy, params), "-", "-", source])
+    return aligned(rows)

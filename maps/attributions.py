@@ -1,8 +1,8 @@
-"""Pixel attributions by Captum, at most INTERNAL_BATCH images at once where a method needs many passes.
+"""Pixel attributions by Captum.
 
-Each function takes a model, normalised images (B, C, H, W) and classes (B,), and gives (maps, delta): maps (B, h, w),
-not negative, and the convergence delta (B,), how far the attributions are from adding up to what they explain, where
-the method has one, else None. The baseline, where there is one, is the mean colour: zero after normalisation.
+Each function takes a model, normalised images (B, C, H, W) and classes (B,), and returns (maps, delta): maps (B, h, w)
+that are not negative, and the convergence delta (B,), how far the attributions are from adding up to the change of the
+logit, or None if the method has none. The baseline, if there is one, is the mean colour: zero after normalisation.
 """
 
 import numpy as np
@@ -11,28 +11,28 @@ from captum.attr import GradientShap, InputXGradient, IntegratedGradients, Layer
 
 from errors import UserError
 
-INTERNAL_BATCH = 256  # the most images that a method pushes through the model at once
+INTERNAL_BATCH = 256  # images per forward pass, at most, in methods that need many passes
 STEPS_OF_PATH = 50  # of integrated gradients
 SAMPLES = 20  # of gradient SHAP
 
 
-def strength(attributions):
-    """Attributions (B, C, H, W) to maps (B, H, W): the size of the sum over channels."""
+def magnitude(attributions):
+    """Attributions (B, C, H, W) to maps (B, H, W): the absolute value of the sum over channels."""
     return attributions.detach().sum(1).abs()
 
 
 def saliency(model, images, classes):
-    """|∂ logit / ∂ pixel|, the largest over channels (Simonyan et al. 2014)."""
+    """|∂ logit / ∂ pixel|, the maximum over channels (Simonyan et al. 2014)."""
     return Saliency(model).attribute(images.clone().requires_grad_(), target=classes).detach().amax(1), None
 
 
 def input_x_gradient(model, images, classes):
-    """Pixel times gradient, from the mean colour (Shrikumar et al. 2017)."""
-    return strength(InputXGradient(model).attribute(images.clone().requires_grad_(), target=classes)), None
+    """Pixel times gradient (Shrikumar et al. 2017)."""
+    return magnitude(InputXGradient(model).attribute(images.clone().requires_grad_(), target=classes)), None
 
 
 def integrated_gradients(model, images, classes):
-    """Gradients along the straight line from the mean colour (Sundararajan et al. 2017), in steps of 1/50."""
+    """Gradients along the straight line from the mean colour to the image (Sundararajan et al. 2017)."""
     attributions, delta = IntegratedGradients(model).attribute(
         images,
         target=classes,
@@ -40,26 +40,26 @@ def integrated_gradients(model, images, classes):
         internal_batch_size=max(INTERNAL_BATCH, len(images)),
         return_convergence_delta=True,
     )
-    return strength(attributions), delta
+    return magnitude(attributions), delta
 
 
 def gradient_shap(model, images, classes):
     """Expected gradients from random points between noisy images and the mean colour (Lundberg & Lee 2017)."""
     np.random.seed(torch.randint(2**31, ()).item())  # Captum draws from numpy's generator as well
     found, deltas = [], []
-    share = max(1, INTERNAL_BATCH // SAMPLES)
+    share = max(1, INTERNAL_BATCH // SAMPLES)  # each image becomes SAMPLES noisy ones
     baselines = torch.zeros_like(images[:1])
     for chunk, targets in zip(images.split(share), classes.split(share), strict=True):
         attributions, delta = GradientShap(model).attribute(
             chunk, baselines, target=targets, n_samples=SAMPLES, stdevs=0.1, return_convergence_delta=True
         )
-        found.append(strength(attributions))
+        found.append(magnitude(attributions))
         deltas.append(delta.unflatten(0, (len(chunk), SAMPLES)).mean(1))
     return torch.cat(found), torch.cat(deltas)
 
 
 def occlusion(model, images, classes):
-    """How much the logit falls when a square of a quarter of the image's side is covered (Zeiler & Fergus 2014)."""
+    """How much the logit falls if a square of a quarter of the image's side is covered (Zeiler & Fergus 2014)."""
     channels, height, width = images.shape[1:]
     window = (max(1, height // 4), max(1, width // 4))
     attributions = Occlusion(model).attribute(
@@ -74,22 +74,23 @@ def occlusion(model, images, classes):
 
 
 def grad_cam(model, images, classes):
-    """Grad-CAM (Selvaraju et al. 2017): of the last stage of a ResNet (`layer4`), or of a transformer's tokens.
+    """Grad-CAM (Selvaraju et al. 2017) of a transformer's tokens (see token_grad_cam) or a ResNet's `layer4`.
 
-    For tokens the features are what enters the attention of the last block: after it only the class token counts.
     Raises UserError for a model with neither.
     """
     if hasattr(model, "blocks"):
         return token_grad_cam(model, images, classes), None
     if not hasattr(model, "layer4"):
-        raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4")
+        raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4: choose another --method")
     cam = LayerGradCam(model, model.layer4).attribute(images, target=classes, relu_attributions=True)
     return cam.detach()[:, 0], None
 
 
 def token_grad_cam(model, images, classes):
-    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, the last time where it is used
-    more than once, on the model's own grid."""
+    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, on the model's grid.
+
+    After that attention only the class token has a gradient. If the block is used several times, the last use counts.
+    """
     kept = []
     hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     try:
@@ -98,10 +99,11 @@ def token_grad_cam(model, images, classes):
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
     finally:
         hook.remove()
-    features = kept[-1].detach()  # (B, N, dim), the class token first where there is one
+    features = kept[-1].detach()  # (B, N, dim); the class token comes first, if there is one
     importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
     rows, columns = model.grid
-    return (features * importance).sum(2).clamp(min=0)[:, -rows * columns :].unflatten(1, (rows, columns))
+    relevance = (features * importance).sum(2).clamp(min=0)  # (B, N)
+    return relevance[:, -rows * columns :].unflatten(1, (rows, columns))
 
 
 ATTRIBUTIONS = {

@@ -1,50 +1,50 @@
-"""How good is a map: against the mask of the object, and by what happens when its patches go."""
+"""How good a map is: measured by the object's mask, and by deleting and inserting the patches that it ranks."""
 
 import torch
 import torch.nn.functional as F
 
-STEPS = 10  # of deletion and insertion: a tenth of the patches each
+STEPS = 10  # of deletion and insertion, each with a tenth of the patches
 
 
 def comparable(maps):
-    """Maps (B, H, W) as shares of their maximum, rounded to 1e-6, so that what is equal but for rounding is a tie."""
+    """Maps (B, H, W) as shares of their maximum, rounded to 1e-6, so that rounding errors do not break ties."""
     maps = maps.double().clamp(min=0)
     return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)).mul(1e6).round() / 1e6
 
 
 def to_pixels(maps, size):
-    """Maps (B, h, w) enlarged to size (H, W), bilinearly."""
+    """Maps (B, h, w) enlarged to size (H, W) by bilinear interpolation."""
     return F.interpolate(maps[:, None].double(), size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def pointing_game(maps, masks):
-    """(B,): 1 where the map's maximum lies in the mask (Zhang et al. 2016); of several maxima, the share that does."""
+    """(B,): 1 if the map's maximum lies in the mask (Zhang et al. 2016); the share of them if there are several."""
     highest = maps == maps.amax((1, 2), keepdim=True)
     return (highest & masks).sum((1, 2)).double() / highest.sum((1, 2))
 
 
 def mass_ratio(maps, masks):
-    """(B,): the share of the map's mass inside the mask, over the mask's share of the image; 1 for a uniform map."""
+    """(B,): the share of the map's mass inside the mask, divided by the mask's share of the image; 1 if uniform."""
     inside = (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-30)
     return inside / masks.double().mean((1, 2))
 
 
 def average_precision(maps, masks):
-    """(B,): average precision of the map as a segmenter of pixels; the mask's share for a uniform map."""
-    scores, order = maps.flatten(1).sort(dim=1, descending=True)
+    """(B,): average precision of the map as a score of pixels in the mask; the mask's share for a uniform map."""
+    scores, order = maps.flatten(1).sort(dim=1, descending=True)  # (B, H * W)
     hits = masks.flatten(1).gather(1, order).double()
     count = scores.shape[1]
     positions = torch.arange(count, device=maps.device)
-    precision = hits.cumsum(1) / (positions + 1)
-    # pixels of one score enter together: each takes the precision at the last of them
+    precision = hits.cumsum(1) / (positions + 1)  # of the pixels up to each position
+    # pixels with the same score pass a threshold together: each takes the precision at the last of them
     is_last = torch.ones_like(scores, dtype=torch.bool)
     is_last[:, :-1] = scores[:, :-1] != scores[:, 1:]
-    last = torch.where(is_last, positions, count).flip(1).cummin(1).values.flip(1)
+    last = torch.where(is_last, positions, count).flip(1).cummin(1).values.flip(1)  # the next such position
     return (precision.gather(1, last) * hits).sum(1) / hits.sum(1)
 
 
 def segmentation(maps, masks):
-    """(B,) pixel accuracy and (B,) mean IoU of object and background, of the pixels above the map's mean."""
+    """Pixel accuracy (B,) and mean IoU (B,) of object and background, if pixels above the map's mean are the object."""
     chosen = maps > maps.mean((1, 2), keepdim=True)
     accuracy = (chosen == masks).double().mean((1, 2))
     ious = []
@@ -54,11 +54,8 @@ def segmentation(maps, masks):
 
 
 def against_masks(maps, masks, outlines):
-    """{measure: (B,)} of maps (B, h, w) against masks and outlines (B, H, W) bool, the maps enlarged to their size.
-
-    On the CPU, since not all devices have float64.
-    """
-    maps = comparable(to_pixels(maps.cpu(), masks.shape[1:]))
+    """{measure: (B,)} of maps (B, h, w), enlarged to the size of masks and outlines (B, H, W) bool."""
+    maps = comparable(to_pixels(maps.cpu(), masks.shape[1:]))  # on the CPU: not all devices have float64
     accuracy, miou = segmentation(maps, masks)
     return {
         "pointing": pointing_game(maps, masks),
@@ -72,28 +69,31 @@ def against_masks(maps, masks, outlines):
 
 @torch.no_grad()
 def deletion_and_insertion(model, images, maps, classes):
-    """Two (B, STEPS + 1): the probability of `classes` (B,) while the patches of normalised images (B, C, H, W) are
-    replaced by the mean colour, the most relevant first, and while they come back into an image of nothing else
-    (Petsiuk et al. 2018). maps is (B, rows, columns), a value a patch.
+    """Deletion and insertion curves, each (B, STEPS + 1) (Petsiuk et al. 2018).
+
+    They are the probabilities of `classes` (B,) while the patches of normalised images (B, C, H, W) are replaced by the
+    mean colour, the most relevant first, and while they are inserted into an image of the mean colour. maps is
+    (B, rows, columns), one value per patch.
     """
 
     def probability(inputs):
         probabilities = model(inputs).float().softmax(1).expand(len(classes), -1)
         return probabilities.gather(1, classes[:, None])[:, 0]
 
+    # the argsort of an argsort is each patch's rank, (B, rows * columns); 0 is the most relevant
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # the mean colour is zero
+    whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # zero is the mean colour
     deletion, insertion = [whole], [empty]
     for step in range(1, STEPS):
         chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
-        chosen = F.interpolate(chosen[:, None].float(), images.shape[2:], mode="nearest")
+        chosen = F.interpolate(chosen[:, None].float(), images.shape[2:], mode="nearest")  # (B, 1, H, W)
         deletion.append(probability(images * (1 - chosen)))
         insertion.append(probability(images * chosen))
     return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
 
 
 def area_under(curves):
-    """(B,): the area under curves (B, steps) over the unit interval, by trapezoids."""
+    """(B,): the area under curves (B, steps) over the unit interval, by the trapezoidal rule."""
     return torch.trapezoid(curves.double(), dx=1 / (curves.shape[1] - 1), dim=1)
 
 
@@ -112,10 +112,9 @@ def mean_and_error(values):
 def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None):
     """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all images.
 
-    batches yields normalised images (B, C, H, W); explainers are functions of (images, classes)
-    that give maps (B, h, w), classes being those that the model predicts. masks and outlines are (N, H, W) bool, or
-    None where it is not known where the object is. A map of more pixels than patches is averaged over each patch
-    before deletion and insertion, whose many passes alone are in mixed precision.
+    batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
+    predicted classes) and returns maps (B, h, w). masks and outlines are (N, H, W) bool, or None if they are not known.
+    Before deletion and insertion, a map is averaged over each patch. Only their forward passes use mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
@@ -128,7 +127,7 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
             if masks is not None:
                 stop = start + len(images)
                 scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
-            if name != "uniform":  # it has no order
+            if name != "uniform":  # it does not rank the patches
                 patches = F.adaptive_avg_pool2d(maps[:, None], model.grid)[:, 0]
                 with precision.autocast():
                     deletion, insertion = deletion_and_insertion(model, images, patches, classes)
@@ -146,7 +145,7 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
 
 
 def baselines(grid):
-    """Maps that know nothing of the image, beside which a number means something: uniform, Gaussian, random."""
+    """Explainers that ignore the image, for comparison: uniform, Gaussian, random; maps have the shape `grid`."""
 
     def repeated(one):
         return lambda images, classes: one.to(images.device).expand(len(images), -1, -1)

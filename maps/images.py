@@ -1,4 +1,4 @@
-"""The images that a checkpoint is asked about: of its test set, or photographs."""
+"""The images to explain: from the checkpoint's test set, or photographs."""
 
 from collections import Counter
 from functools import partial
@@ -11,64 +11,62 @@ import torch.nn.functional as F
 
 from data import dataset_of, is_large
 from errors import UserError
+from pipeline.augment import normalize
 from pipeline.folders import decode_image
 from pipeline.large import centre_crop
 from pipeline.shapes import make_shapes
 
 
 class Explained(NamedTuple):
-    name: str  # of the files that are written
-    shown: np.ndarray  # (H, W, 3) uint8, as large as there is
-    pixels: torch.Tensor  # (3, S, S) uint8, as the model gets it
-    label: int | None  # None for a photograph, whose class nobody said
+    name: str  # begins the names of the files that are written
+    shown: np.ndarray  # (H, W, 3) uint8, for figures
+    pixels: torch.Tensor  # (3, S, S) uint8, for the model
+    label: int | None  # None for a photograph
 
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
-    """The dataset that a checkpoint was trained on, split as it was then."""
-    here = {"data_dir": data_dir, "cache_dir": cache_dir}
-    return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in here.items() if path}))
+    """The dataset that a checkpoint was trained on, with the same splits."""
+    places = {"data_dir": data_dir, "cache_dir": cache_dir}
+    return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in places.items() if path}))
 
 
 def chosen_images(dataset, indices):
-    """Explained images of the test set. Raises UserError for an index that is not there."""
+    """The Explained images of the test set at these indices. Raises UserError for an index out of range."""
     test = dataset.test
     for index in indices:
         if not 0 <= index < len(test.labels):
             raise UserError(f"--index {index}: there are {len(test.labels)} test images, 0 to {len(test.labels) - 1}")
     return [
-        Explained(
-            str(index), test.images[index].permute(1, 2, 0).numpy(), test.images[index], test.labels[index].item()
-        )
-        for index in indices
+        Explained(str(index), pixels.permute(1, 2, 0).numpy(), pixels, test.labels[index].item())
+        for index, pixels in zip(indices, test.images[list(indices)], strict=True)
     ]
 
 
 def photographs(paths, checkpoint):
-    """Explained images of files of any size, cut as the checkpoint's test images are.
+    """The Explained images in files of any size, cropped as the checkpoint's test images are.
 
-    Raises UserError for one that cannot be read, and for two of one name, whose maps would be one file.
+    Raises UserError if a file cannot be read, or if two have the same name, since their maps would be one file.
     """
     if repeated := [name for name, count in Counter(path.stem for path in paths).items() if count > 1]:
-        raise UserError(f"--image: several files are named {repeated[0]}, and so would be their maps")
+        raise UserError(f"--image: several files are named {repeated[0]}, and their maps would be one file; rename one")
     args, image_size = checkpoint["args"], checkpoint["image_size"]
     large = is_large(args["dataset"], image_size)
-    cut = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_image
-    return [
-        Explained(
-            path.stem, cut(path, max(256, image_size)).transpose(1, 2, 0), torch.tensor(cut(path, image_size)), None
-        )
-        for path in paths
-    ]
+    crop = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_image  # (path, S) -> (3, S, S) uint8
+    explained = []
+    for path in paths:
+        shown = crop(path, max(256, image_size)).transpose(1, 2, 0)
+        explained.append(Explained(path.stem, shown, torch.tensor(crop(path, image_size)), None))
+    return explained
 
 
 def normalised(pixels, checkpoint, device="cpu"):
-    """Images (B, 3, S, S) uint8 as the checkpoint's model expects them, by the mean and std that it came with."""
-    mean, std = (torch.tensor(checkpoint[key], device=device)[:, None, None] for key in ("mean", "std"))
-    return (pixels.to(device).float() / 255 - mean) / std
+    """Images (B, 3, S, S) uint8 on the device, normalised by the checkpoint's mean and std."""
+    mean, std = (torch.tensor(checkpoint[key], device=device) for key in ("mean", "std"))
+    return normalize(pixels.to(device), mean, std)
 
 
 def object_masks(checkpoint, dataset, indices):
-    """(masks, outlines), (N, S, S) bool each, of chosen test images of `shapes`; (None, None) for other datasets."""
+    """(masks, outlines), each (N, S, S) bool, of test images of `shapes`; (None, None) for other datasets."""
     if checkpoint["args"]["dataset"] != "shapes":
         return None, None
     shapes = make_shapes("test")
@@ -80,7 +78,7 @@ def object_masks(checkpoint, dataset, indices):
 
 
 def find_class(text, classes):
-    """The number of a class that is given by its name or number. Raises UserError that lists them."""
+    """The index of a class given by name or by index. Raises UserError that lists the classes."""
     if text in classes:
         return classes.index(text)
     if text.isdecimal() and int(text) < len(classes):
@@ -89,7 +87,7 @@ def find_class(text, classes):
 
 
 def caption_of(explained, probabilities, classes):
-    """What is predicted and what is true, with probabilities."""
+    """The predicted and the true class, with probabilities."""
     best = int(probabilities.argmax())
     caption = f"predicted {classes[best]} ({probabilities[best]:.0%})"
     if explained.label is not None:

@@ -1,4 +1,4 @@
-"""The recorder: the softmaxed attention weights of any model's forward pass, without an edit to the model."""
+"""The attention weights of any model's forward pass, recorded without an edit to the model."""
 
 import inspect
 
@@ -9,42 +9,42 @@ from torch import nn
 from errors import UserError
 
 
-def in_float32(x):
-    """A tensor in float32 where it is coarser."""
+def at_least_float32(x):
+    """A bfloat16 or float16 tensor in float32; other tensors as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class AttentionRecorder:
-    """Records the attention weights of every layer during a forward pass of `model`, as a context manager.
+    """Context manager that records the attention weights of every layer while `model` runs.
 
-    `attentions` is a list of (B, heads, N, N), first layer first, query before key, rows summing to 1; with
-    gradients=True and after a backward pass, `gradients` is the list of their gradients. `pooling` is (B, N), how a
-    model pools its tokens: by a softmax, by a last attention with one query (the mean over its heads), or uniformly
-    where its attribute `class_token` is False; else None. Each forward pass replaces what the one before left.
+    After a forward pass, `attentions` is a list of (B, heads, N, N), first layer first, query before key; rows sum to
+    1. With gradients=True and after a backward pass, `gradients` is the list of their gradients. `pooling` (B, N) is
+    how the model pools its tokens: by a softmax, by a last attention layer with one query (the mean over its heads),
+    or uniformly if the model's attribute `class_token` is False; otherwise None. Each forward pass replaces the last.
 
-    While it is open, torch's scaled_dot_product_attention is one that keeps its weights, nn.MultiheadAttention takes no
-    other way (though it gives weights to who asks for them), and submodules named `softmax` are hooked. Leaving puts
-    all of it back. Raises UserError where a forward pass meets no attention, one from some tokens to others, or a
-    module with `sums_to_one` False.
+    Inside the context, torch's scaled_dot_product_attention is replaced by a version that keeps its weights,
+    nn.MultiheadAttention always calls it, and submodules named `softmax` are hooked. Leaving restores everything.
+    A forward pass raises UserError if the model has no attention, if queries and keys differ in number, or if a module
+    has `sums_to_one` False.
     """
 
     def __init__(self, model, *, gradients=False):
         self.model, self.keep_gradients = model, gradients
-        self.weights, self.pooling, self.asked, self.running = [], None, [], False
+        self.weights, self.pooling, self.requests, self.running = [], None, [], False
 
     def __enter__(self):
         self.fused = F.scaled_dot_product_attention
         self.fast_path = torch.backends.mha.get_fastpath_enabled()
         F.scaled_dot_product_attention = self.attend_and_keep
-        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path calls a fused kernel directly
         softmaxes = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] == "softmax"]
         multihead = [module for module in self.model.modules() if isinstance(module, nn.MultiheadAttention)]
         self.hooks = [
             self.model.register_forward_pre_hook(self.begin_forward),
             self.model.register_forward_hook(self.end_forward),
             *(module.register_forward_hook(self.keep_softmax) for module in softmaxes),
-            *(module.register_forward_pre_hook(self.ask_no_weights, with_kwargs=True) for module in multihead),
-            *(module.register_forward_hook(self.give_weights) for module in multihead),
+            *(module.register_forward_pre_hook(self.request_no_weights, with_kwargs=True) for module in multihead),
+            *(module.register_forward_hook(self.return_weights) for module in multihead),
         ]
         return self
 
@@ -55,62 +55,69 @@ class AttentionRecorder:
             hook.remove()
 
     def begin_forward(self, model, inputs):
-        self.weights, self.pooling, self.asked, self.running = [], None, [], True
+        self.weights, self.pooling, self.requests, self.running = [], None, [], True
 
     def end_forward(self, model, inputs, output):
         self.running = False
+        name = type(model).__name__
         for module in model.modules():
             if getattr(module, "sums_to_one", None) is False:
-                name = type(module).__name__
-                raise UserError(f"{name}'s weights are no distribution to draw: attribute.py explains any model")
+                raise UserError(
+                    f"the weights of {type(module).__name__} are not a distribution and cannot be drawn: "
+                    "use attribute.py, which explains any model"
+                )
+        # a last layer with one query, (B, heads, 1, N), pools the tokens and is not a layer of the rollout
         if self.weights and self.pooling is None and self.weights[-1].shape[-2] == 1 < self.weights[-1].shape[-1]:
-            self.pooling = in_float32(self.weights.pop().detach()).mean(1)[:, 0]
+            self.pooling = at_least_float32(self.weights.pop().detach()).mean(1)[:, 0]  # (B, N)
         if not self.weights:
-            raise UserError(f"{type(model).__name__} has no attention to record: attribute.py explains any model")
+            raise UserError(f"{name} has no attention to record: use attribute.py, which explains any model")
         for weights in self.weights:
-            if weights.shape[-2] != weights.shape[-1]:
-                tokens = f"{weights.shape[-2]} tokens to {weights.shape[-1]} others"
-                raise UserError(f"{type(model).__name__} attends from {tokens}: attribute.py explains any model")
+            queries, keys = weights.shape[-2:]
+            if queries != keys:
+                raise UserError(
+                    f"{name} attends from {queries} tokens to {keys} others: use attribute.py, which explains any model"
+                )
         if self.pooling is None and getattr(model, "class_token", None) is False:
             weights = self.attentions[-1]
             self.pooling = weights.new_full((len(weights), weights.shape[-1]), 1 / weights.shape[-1])
 
     def keep(self, weights):
         if self.keep_gradients:
-            if not weights.requires_grad:
+            if not weights.requires_grad:  # all parameters are frozen: the graph begins here
                 weights.requires_grad_()
             weights.retain_grad()
         self.weights.append(weights)
 
     def keep_softmax(self, module, inputs, output):
-        if output.ndim == 4:  # (B, heads, N, N): attention that comes about in a way of its own
+        if output.ndim == 4:  # (B, heads, N, N): attention that does not call scaled_dot_product_attention
             self.keep(output)
         elif output.ndim == 3 and 1 in output.shape[1:]:  # (B, N, 1) or (B, 1, N): sequence pooling
-            self.pooling = in_float32(output.detach().flatten(1))
+            self.pooling = at_least_float32(output.detach().flatten(1))
 
-    def ask_no_weights(self, module, inputs, options):
-        """Where it is to give its weights, nn.MultiheadAttention calls nothing that could be replaced."""
+    def request_no_weights(self, module, inputs, options):
+        """Call nn.MultiheadAttention with need_weights=False: only then does it use scaled_dot_product_attention."""
         if not self.running:
-            self.asked.append((False, False))
+            self.requests.append((False, False))  # return_weights takes one entry per call
             return None
         call = inspect.signature(module.forward).bind(*inputs, **options)
         call.apply_defaults()
-        self.asked.append((call.arguments["need_weights"], call.arguments["average_attn_weights"]))
+        self.requests.append((call.arguments["need_weights"], call.arguments["average_attn_weights"]))
         call.arguments["need_weights"] = False
         return call.args, call.kwargs
 
-    def give_weights(self, module, inputs, output):
-        wanted, averaged = self.asked.pop()
-        if not wanted:
+    def return_weights(self, module, inputs, output):
+        """Return the recorded weights to a caller of nn.MultiheadAttention that requested weights."""
+        requested, averaged = self.requests.pop()
+        if not requested:
             return None
         weights = self.weights[-1].mean(1) if averaged else self.weights[-1]
-        return output[0], weights if output[0].ndim == 3 else weights[0]
+        return output[0], weights if output[0].ndim == 3 else weights[0]  # inputs may have no batch dimension
 
     def attend_and_keep(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-        """torch's scaled_dot_product_attention, written out, in float32 where the inputs are coarser."""
-        if not self.running:
+        """torch's scaled_dot_product_attention written out, with the softmax in float32 or finer."""
+        if not self.running:  # another model: only the forward pass of self.model is recorded
             return self.fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-        if options.get("enable_gqa"):
+        if options.get("enable_gqa"):  # several query heads share a key head
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
         scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
         if is_causal:
@@ -118,17 +125,17 @@ class AttentionRecorder:
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        weights = weights.reshape(len(weights), -1, *weights.shape[-2:])  # (B, heads, N, N), of (B, N, N) one head
+        weights = weights.reshape(len(weights), -1, *weights.shape[-2:])  # (B, heads, N, N); (B, N, N) is one head
         self.keep(weights)
         return F.dropout(weights, dropout_p).view_as(scores).to(value.dtype) @ value
 
     @property
     def attentions(self):
-        return [in_float32(weights.detach()) for weights in self.weights]
+        return [at_least_float32(weights.detach()) for weights in self.weights]
 
     @property
     def gradients(self):
-        """Raises RuntimeError where there are none: without gradients=True, or before a backward pass."""
+        """Raises RuntimeError without gradients=True or before a backward pass."""
         if not self.keep_gradients or any(weights.grad is None for weights in self.weights):
-            raise RuntimeError("no gradients yet: AttentionRecorder(model, gradients=True), then a backward pass")
+            raise RuntimeError("no gradients yet: use AttentionRecorder(model, gradients=True), then a backward pass")
         return [weights.grad for weights in self.weights]

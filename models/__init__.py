@@ -1,21 +1,44 @@
-"""What is trained: one table from a name to a model."""
+"""Build a model by its name. A family's file is imported only when one of its models is asked for."""
 
 from errors import UserError
-from models.cct import COMPACT_MODELS
-from models.nano import NANO_MODELS
-from models.pretrained import PretrainedViT
-from models.resnet import RESNETS
-from models.vit import VisionTransformer
-from models.xresnet import XRESNETS
 
-MODELS = {"vit": VisionTransformer, "vit_b_16": PretrainedViT} | COMPACT_MODELS | NANO_MODELS | RESNETS | XRESNETS
+
+def model_family(name):
+    """{name: constructor} of the models that share the beginning of `name`."""
+    if name == "vit":
+        from models.vit import VisionTransformer
+
+        return {"vit": VisionTransformer}
+    if name == "vit_b_16":
+        from models.pretrained import PretrainedViT
+
+        return {"vit_b_16": PretrainedViT}
+    if name.startswith("cct_nano"):
+        from models.nano import NANO_MODELS
+
+        return NANO_MODELS
+    if name.startswith(("vit_lite_", "cvt_", "cct_")):
+        from models.cct import COMPACT_MODELS
+
+        return COMPACT_MODELS
+    if name.startswith("resnet"):
+        from models.resnet import RESNETS
+
+        return RESNETS
+    if name.startswith("xresnet"):
+        from models.xresnet import XRESNETS
+
+        return XRESNETS
+    return {}
 
 
 def build_model(name, num_classes=10, **model_args):
-    """The model of that name, freshly initialised; model_args are its constructor's keyword arguments.
+    """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name, and what the constructor raises.
+    Raises UserError for an unknown name or an invalid argument.
     """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: there are {', '.join(MODELS)}")
-    return MODELS[name](num_classes=num_classes, **model_args)
+    family = model_family(name)
+    if name not in family:
+        known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
+        raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
+    return family[name](num_classes=num_classes, **model_args)

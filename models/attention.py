@@ -1,4 +1,4 @@
-"""Attention over tokens: attend(), and the modules that stand on it."""
+"""Attention over tokens: attend(), and the modules that are built on it."""
 
 from typing import NamedTuple
 
@@ -14,18 +14,18 @@ def explicit_attention(q, k, v, dropout_p=0.0):
     """softmax(q kᵀ / √d) v, written out; q, k, v and the result are (B, heads, N, d) (Vaswani et al. 2017, eq. 1)."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
     weights = dropout(weights.softmax(dim=-1), dropout_p)
-    return weights @ v
+    return weights @ v  # (B, heads, N, d)
 
 
 FUSED = F.scaled_dot_product_attention
 
 
-def written_out_is_faster(q):
-    """Whether explicit_attention takes less time than torch's function, forward and backward, for such q.
+def explicit_is_faster(q):
+    """Whether explicit_attention is faster than torch's function, forward and backward, for q (B, heads, N, d).
 
-    Measured on two Zen 5 cores, 24 to 32 channels a head, torch's time over that: in bfloat16 8 at 17 tokens, 6 at 65,
-    1.3 at 257, 1.05 at 577; in float32 where oneDNN multiplies (see training/device.py) 19, 4, 0.9 and 0.8, and where
-    MKL does 1.6, 0.4, 0.4 and 0.4.
+    torch's time over explicit_attention's on two Zen 5 cores, 24 to 32 channels per head, at 17, 65, 257 and 577
+    tokens: in bfloat16 8, 6, 1.3 and 1.05; in float32 by oneDNN (see training/device.py) 19, 4, 0.9 and 0.8, and by MKL
+    1.6, 0.4, 0.4 and 0.4.
     """
     tokens = q.shape[-2]
     if q.device.type != "cpu":
@@ -36,20 +36,20 @@ def written_out_is_faster(q):
 
 
 def attend(q, k, v, dropout_p=0.0):
-    """Scaled dot-product attention on (B, heads, N, d), fused or written out, by the rule above.
+    """Scaled dot-product attention on (B, heads, N, d), fused or written out, whichever is faster by the rule above.
 
-    While torch's function is replaced, to record the weights, that is called.
+    If torch's function has been replaced, to record the weights, the replacement is called.
     """
-    recorded = F.scaled_dot_product_attention is not FUSED  # somebody has put a function of theirs in its place
-    if not recorded and written_out_is_faster(q):
+    recorded = F.scaled_dot_product_attention is not FUSED
+    if not recorded and explicit_is_faster(q):
         return explicit_attention(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
 
 class AttentionSpec(NamedTuple):
-    """What a block tells its attention: the tokens' width and heads, where they come from, and two options of softmax.
+    """What a block tells its attention: width, heads and layout of the tokens, and two options of softmax attention.
 
-    The tokens are the cells of a grid (rows, columns), row by row, after a class token where there is one.
+    The tokens are the cells of a grid (rows, columns), row by row, after the class token if there is one.
     """
 
     dim: int
@@ -61,10 +61,10 @@ class AttentionSpec(NamedTuple):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head self-attention on (B, N, dim) (Vaswani et al. 2017), with dropout on its weights alone.
+    """Multi-head self-attention on (B, N, dim) (Vaswani et al. 2017), with dropout on the attention weights only.
 
-    Starts as nn.MultiheadAttention does: Xavier-uniform over the stacked qkv weight, zero biases.
-    Raises UserError where num_heads does not divide dim.
+    Initialised like nn.MultiheadAttention: Xavier-uniform over the stacked qkv weight, zero biases.
+    Raises UserError if num_heads does not divide dim.
     """
 
     def __init__(self, spec):
@@ -82,14 +82,14 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
-        x = attend(q, k, v, self.attn_drop if self.training else 0.0)
+        x = attend(q, k, v, self.attn_drop if self.training else 0.0)  # (B, heads, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, dim)
 
 
 class NoMixing(nn.Module):
-    """The control without attention on (B, N, dim): every token keeps its own value, so that no two of them mix.
+    """The control without attention on (B, N, dim): every token keeps its own value, so tokens do not mix.
 
-    A class token, which would see nothing of the image, takes the mean of what the others get.
+    A class token, which would otherwise not see the image, becomes the mean of the other tokens.
     """
 
     def __init__(self, spec):
@@ -100,9 +100,9 @@ class NoMixing(nn.Module):
 
     def forward(self, x):
         x = self.value(x)
-        x = self.mix(x[:, int(self.class_token) :])
+        x = self.mix(x[:, int(self.class_token) :])  # (B, rows * columns, dim)
         if self.class_token:
-            x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+            x = torch.cat([x.mean(1, keepdim=True), x], dim=1)  # (B, N, dim)
         return self.proj(x)
 
     def mix(self, x):
@@ -110,7 +110,7 @@ class NoMixing(nn.Module):
 
 
 class GridConv(nn.Conv2d):
-    """A depthwise 3x3 convolution over the grid (rows, columns) that the tokens (B, N, dim) lie on."""
+    """A depthwise 3x3 convolution over the grid (rows, columns) of the tokens (B, N, dim)."""
 
     def __init__(self, dim, grid):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
@@ -118,11 +118,11 @@ class GridConv(nn.Conv2d):
 
     def forward(self, x):
         x = x.mT.unflatten(2, self.grid)  # (B, dim, rows, columns)
-        return super().forward(x).flatten(2).mT
+        return super().forward(x).flatten(2).mT  # (B, N, dim)
 
 
 class DepthwiseMixing(NoMixing):
-    """The control without a choice of where to look: a 3x3 depthwise convolution over the grid of tokens."""
+    """The control that cannot choose where to look: a depthwise 3x3 convolution over the grid of tokens."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -136,9 +136,9 @@ ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": 
 
 
 def make_attention(name, spec):
-    """The module of that name, on tokens (B, N, dim). Raises UserError for an unknown name, and what it raises."""
+    """The module `name` of ATTENTIONS, on tokens (B, N, dim). Raises UserError for an unknown name or invalid spec."""
     if name not in ATTENTIONS:
-        raise UserError(f"--attention {name}: there are {', '.join(ATTENTIONS)}")
+        raise UserError(f"--attention {name}: choose from {', '.join(ATTENTIONS)}")
     return ATTENTIONS[name](spec)
 
 
@@ -152,9 +152,9 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A pre-norm block on (B, N, dim): attention, then MLP, each with its residual (Dosovitskiy et al. 2021).
+    """A pre-norm block on (B, N, dim): attention, then MLP, each with a residual (Dosovitskiy et al. 2021).
 
-    drop_path leaves either branch out, one image at a time (Huang et al. 2016).
+    drop_path is the probability that a branch is skipped, drawn per image (Huang et al. 2016).
     """
 
     def __init__(self, spec, *, attention="softmax", mlp_ratio=2.0, drop=0.0, drop_path=0.0):
@@ -173,8 +173,8 @@ class Block(nn.Module):
 def dropout(x, p):
     """x of any shape with elements set to 0 with probability p, the others scaled up (Srivastava et al. 2014).
 
-    The rule: on a CPU a random byte an element, so that p is the nearest multiple of 1/256, which the scale follows;
-    torch's own elsewhere. On one Zen 5 core torch's took 7 times as long, forward and backward, in bfloat16.
+    On a CPU one random byte per element decides: p is rounded to a multiple of 1/256, and the scale follows. On one
+    Zen 5 core in bfloat16 torch's dropout, used on other devices, took 7 times as long, forward and backward.
     """
     threshold = round(256 * p)
     if x.device.type != "cpu" or threshold == 256:
@@ -188,7 +188,7 @@ def dropout(x, p):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout by way of dropout()."""
+    """nn.Dropout that calls dropout()."""
 
     def forward(self, x):
         return dropout(x, self.p) if self.training else x

@@ -1,4 +1,4 @@
-"""Attention over the pixels of a feature map (B, C, H, W): graph, classical, SAGAN's and SimpleSelfAttention."""
+"""Attention over the positions of a feature map (B, C, H, W): graph, classic, SAGAN's and SimpleSelfAttention."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from models.attention import AttentionSpec, Block, MultiHeadAttention, attend
 
 
 class GraphAttention(nn.Module):
-    """Graph attention on nodes (B, N, dim), all joined: A_ij = softmax over j of σ(q_i + k_j) (Veličković et al. 2018,
-    eq. 3), with q and k one number a node and head, σ LeakyReLU(0.2), values and output as in a ViT block.
+    """Graph attention on the nodes (B, N, dim) of a complete graph: A_ij is the softmax over j of σ(q_i + k_j).
 
-    The scores are a broadcast sum, no matrix product; but sum, σ and softmax are (B, heads, N, N) each, and two of the
-    three are kept for the backward pass, where a fused kernel keeps none. With a monotone σ every node ranks its
-    neighbours alike, by k_j, and only how sharply depends on the node (Brody et al. 2022): GraphAttentionV2 mends that.
+    Here q and k are one number per node and head, σ is LeakyReLU(0.2) (Veličković et al. 2018, eq. 3); values and
+    output are as in a ViT block. The scores are a broadcast sum, not a matrix product, but two tensors (B, heads, N, N)
+    are stored for the backward pass, and a fused kernel stores none. Since σ is monotone, all nodes rank their
+    neighbours alike, by k_j (Brody et al. 2022); GraphAttentionV2 fixes that.
     """
 
     def __init__(self, spec):
@@ -33,13 +33,15 @@ class GraphAttention(nn.Module):
 
     def forward(self, x):
         v = self.value(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-        x = self.softmax(self.scores(x)) @ v
+        x = self.softmax(self.scores(x)) @ v  # (B, heads, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, dim)
 
 
 class GraphAttentionV2(GraphAttention):
-    """Graph attention whose ranking depends on the node: scores a · σ(W_Q h_i + W_K h_j), a vector a a head (Brody et
-    al. 2022, eq. 7). It keeps two of (B, N, N, dim) for the backward pass, dim / heads times as much as GraphAttention.
+    """Graph attention whose ranking depends on the node: scores a · σ(W_Q h_i + W_K h_j), with one vector a per head.
+
+    Brody et al. 2022, eq. 7. For the backward pass it stores two tensors (B, N, N, dim), dim / heads times as much as
+    GraphAttention.
     """
 
     def __init__(self, spec):
@@ -50,30 +52,23 @@ class GraphAttentionV2(GraphAttention):
 
     def scores(self, x):
         q, k = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.query, self.key))  # (B, N, heads, d)
-        return torch.einsum("bijhd,hd->bhij", self.activation(q[:, :, None] + k[:, None]), self.a)
+        pairs = self.activation(q[:, :, None] + k[:, None])  # (B, N, N, heads, d)
+        return torch.einsum("bijhd,hd->bhij", pairs, self.a)  # (B, heads, N, N)
 
 
 NODE_ATTENTIONS = {"graph": GraphAttention, "graph_v2": GraphAttentionV2, "classic": MultiHeadAttention}
 
 
-class NodeBlock(Block):
-    """The ViT block on (B, N, dim) with an attention of NODE_ATTENTIONS."""
-
-    def __init__(self, spec, *, attention):
-        super().__init__(spec)
-        self.attn = NODE_ATTENTIONS[attention](spec)
-
-
 def add_scaled(x, gamma, change):
-    """x + γ·change in x's own precision, so that γ = 0 changes nothing also under autocast."""
+    """x + γ·change in the precision of x, so that γ = 0 changes no bit, even under autocast."""
     return x + gamma.to(x.dtype) * change
 
 
 class NodeAttention2d(nn.Module):
-    """x + γ · back(block(nodes(x))) on (B, channels, H, W): a ViT block over nodes, a convolution's patches of the map.
+    """x + γ · back(block(nodes(x))) on (B, channels, H, W): a ViT block over patches of the map, the nodes.
 
-    γ is learnable and starts at 0; with gamma=False it is left out, as in the survey. patch_size divides H and W.
-    Raises UserError where num_heads does not divide the channels.
+    γ is learnable and starts at 0; with gamma=False there is none, as in the survey. patch_size must divide H and W.
+    Raises UserError if num_heads does not divide the channels.
     """
 
     def __init__(self, channels, *, attention, patch_size=1, num_heads=4, gamma=True):
@@ -81,7 +76,9 @@ class NodeAttention2d(nn.Module):
         if num_heads < 1 or channels % num_heads:
             raise UserError(f"--num-heads {num_heads} does not divide the {channels} channels of the feature map")
         self.nodes = nn.Conv2d(channels, channels, patch_size, stride=patch_size)
-        self.block = NodeBlock(AttentionSpec(channels, num_heads), attention=attention)
+        spec = AttentionSpec(channels, num_heads)
+        self.block = Block(spec)  # draws a softmax attention too, as recorded runs did; it is replaced
+        self.block.attn = NODE_ATTENTIONS[attention](spec)
         self.back = nn.ConvTranspose2d(channels, channels, patch_size, stride=patch_size)
         self.gamma = nn.Parameter(torch.zeros(1)) if gamma else None
 
@@ -93,16 +90,16 @@ class NodeAttention2d(nn.Module):
 
 
 def spectral_conv(conv):
-    """The convolution with weights that start He-normal and are divided by their largest singular value."""
+    """The convolution, He-normal at the start, with its weight divided by its largest singular value."""
     nn.init.kaiming_normal_(conv.weight)
     return spectral_norm(conv)
 
 
 class SelfAttention2d(nn.Module):
-    """SAGAN's attention on (B, C, H, W) as fastai has it (Zhang et al. 2019, eq. 1 to 3): x + γ·o, γ from 0, one head.
+    """SAGAN's attention on (B, C, H, W) as in fastai (Zhang et al. 2019, eq. 1 to 3): x + γ·o, γ from 0, one head.
 
-    o_j = Σ_i β_ij value_i, where β is the softmax over i of query_i · key_j, not divided by √d: it is the published
-    `key` that asks and `query` that is asked, with C/8 channels each. Recorded with the position that asks first.
+    o_j = Σ_i β_ij value_i, where β is the softmax over i of query_i · key_j, not divided by √d. So what the paper calls
+    `key` has the role of the query, and `query` that of the key, with C/8 channels each.
     """
 
     def __init__(self, channels):
@@ -114,17 +111,17 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x):
         layers = (self.query, self.key, self.value)
-        asked, asking, value = (layer(x).flatten(2).mT[:, None] for layer in layers)  # (B, 1, N, width) each
-        o = attend(asking * asking.shape[-1] ** 0.5, asked, value)  # attend divides by √d
-        return add_scaled(x, self.gamma, o[:, 0].mT.unflatten(2, x.shape[2:]))
+        k, q, v = (layer(x).flatten(2).mT[:, None] for layer in layers)  # (B, 1, N, width) each; roles swapped
+        o = attend(q * q.shape[-1] ** 0.5, k, v)  # (B, 1, N, C); attend divides by √d
+        return add_scaled(x, self.gamma, o[:, 0].mT.unflatten(2, x.shape[2:]))  # (B, C, H, W)
 
 
 class SimpleSelfAttention(nn.Module):
-    """x + γ · x(xᵀWx) on maps (B, C, H, W), x being (B, C, N) and γ from 0 (github.com/sdoria/SimpleSelfAttention).
+    """x + γ · x(xᵀWx) on maps (B, C, H, W), with x as (B, C, N) and γ from 0 (github.com/sdoria/SimpleSelfAttention).
 
-    W is a spectrally normalised convolution along the N positions; symmetric takes the mean of W and its transpose
-    (in the published code the hook of spectral norm undoes that before W is used). xᵀWx is no distribution.
-    Raises UserError for an even kernel size, and where symmetric meets another than 1.
+    W is a spectrally normalised convolution along the N positions; `symmetric` averages W and its transpose (in the
+    published code the hook of spectral norm undoes that before W is used). xᵀWx is not a distribution.
+    Raises UserError for an even kernel size, and for symmetric with a kernel size other than 1.
     """
 
     sums_to_one = False  # AttentionRecorder refuses such weights
@@ -132,7 +129,7 @@ class SimpleSelfAttention(nn.Module):
     def __init__(self, channels, *, kernel_size=1, symmetric=False):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise UserError(f"--attention-kernel-size {kernel_size}: an odd number is right")
+            raise UserError(f"--attention-kernel-size {kernel_size}: must be odd, and at least 1")
         if symmetric and kernel_size != 1:
             raise UserError(f"--symmetric needs --attention-kernel-size 1, not {kernel_size}")
         self.symmetric = symmetric
@@ -145,19 +142,19 @@ class SimpleSelfAttention(nn.Module):
             weight = (weight + weight.transpose(0, 1)) / 2
         flat = x.flatten(2)  # (B, C, N)
         _, channels, positions = flat.shape
-        mixed = F.conv1d(flat, weight, padding=self.conv.padding)  # Wx
-        # a mean over positions until γ comes in: their sum can pass what float16 holds, and 0 times infinity is no 0
+        mixed = F.conv1d(flat, weight, padding=self.conv.padding)  # Wx, (B, C, N)
+        # a mean over positions, until γ multiplies by their number: the sum can overflow float16, and 0 · inf is NaN
         flat = flat * positions**-0.5
         change = self.channels_first(flat, mixed) if channels <= positions else self.positions_first(flat, mixed)
-        return add_scaled(x, self.gamma * positions, change.unflatten(2, x.shape[2:]))
+        return add_scaled(x, self.gamma * positions, change.unflatten(2, x.shape[2:]))  # (B, C, H, W)
 
     @staticmethod
     def channels_first(x, mixed):
-        return (x @ x.mT) @ mixed  # by way of (B, C, C)
+        return (x @ x.mT) @ mixed  # the product in brackets is (B, C, C)
 
     @staticmethod
     def positions_first(x, mixed):
-        return x @ (x.mT @ mixed)  # by way of (B, N, N)
+        return x @ (x.mT @ mixed)  # the product in brackets is (B, N, N)
 
 
 ATTENTIONS2D = ("none", *NODE_ATTENTIONS, "sagan", "simple")
@@ -166,19 +163,19 @@ ATTENTIONS2D = ("none", *NODE_ATTENTIONS, "sagan", "simple")
 def make_attention2d(
     name, channels, *, patch_size=1, num_heads=4, gamma=True, kernel_size=1, symmetric=False, known=ATTENTIONS2D
 ):
-    """The module of that name, one of `known`, on maps (B, channels, H, W); "none" passes them on.
+    """The module `name`, one of `known`, on maps (B, channels, H, W); "none" is the identity.
 
-    patch_size, num_heads and gamma are NodeAttention2d's, kernel_size and symmetric SimpleSelfAttention's. Raises
-    UserError for an unknown name, for an option that the module does not have, and what the module raises.
+    patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and symmetric for SimpleSelfAttention.
+    Raises UserError for an unknown name, and for an option that the module does not have or cannot use.
     """
     if name not in known:
-        raise UserError(f"--attention {name}: there are {', '.join(known)}")
+        raise UserError(f"--attention {name}: choose from {', '.join(known)}")
     if name not in NODE_ATTENTIONS and (patch_size != 1 or not gamma):
         option = "a block without gamma" if patch_size == 1 else f"--patch-size {patch_size}"
-        raise UserError(f"--attention {name}: {option} is for {', '.join(NODE_ATTENTIONS)}")
+        raise UserError(f"--attention {name}: {option} requires one of {', '.join(NODE_ATTENTIONS)}")
     if name != "simple" and (symmetric or kernel_size != 1):
         option = "--symmetric" if symmetric else f"--attention-kernel-size {kernel_size}"
-        raise UserError(f"--attention {name}: {option} is for simple")
+        raise UserError(f"--attention {name}: {option} requires --attention simple")
     if name in NODE_ATTENTIONS:
         return NodeAttention2d(channels, attention=name, patch_size=patch_size, num_heads=num_heads, gamma=gamma)
     if name == "sagan":

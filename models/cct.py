@@ -12,21 +12,21 @@ from models.attention import AttentionSpec, Dropout, Mlp, make_attention
 
 
 def conv_tokenizer(embed_dim, *, kernel_size, layers):
-    """The CCT tokenizer, images (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
+    """The tokenizer of CCT: images (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
 
-    Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all but the last have 64 channels. Published
-    with ReLU before the pooling, which gives the same from four times the work.
+    Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all except the last have 64 channels. The
+    published code has ReLU before the pooling: the same result for four times the work.
     """
     widths = [3] + [64] * (layers - 1) + [embed_dim]
     options = {"stride": max(1, kernel_size // 2 - 1), "padding": kernel_size // 2, "bias": False}
-    steps = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        steps += [nn.Conv2d(before, after, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*steps)
+    modules = []
+    for in_channels, out_channels in zip(widths, widths[1:], strict=False):
+        modules += [nn.Conv2d(in_channels, out_channels, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*modules)
 
 
 def sine_embedding(tokens, dim):
-    """(1, tokens, dim): sine and cosine of the position, in turn (Vaswani et al. 2017, section 3.5)."""
+    """(1, tokens, dim): sines and cosines of the position, alternating (Vaswani et al. 2017, section 3.5)."""
     rates = 10000 ** (-(torch.arange(dim) // 2 * 2) / dim)
     angles = torch.arange(tokens)[:, None] * rates
     return torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())[None]
@@ -50,7 +50,7 @@ class CompactBlock(nn.Module):
 
 
 class SequencePooling(nn.Module):
-    """The tokens (B, N, dim) averaged to (B, dim), by weights that a linear layer and a softmax give each."""
+    """The mean of tokens (B, N, dim) as (B, dim), weighted by the softmax of a linear layer's score per token."""
 
     def __init__(self, dim):
         super().__init__()
@@ -59,16 +59,16 @@ class SequencePooling(nn.Module):
 
     def forward(self, x):
         weights = self.softmax(self.score(x))  # (B, N, 1)
-        return (weights.mT @ x)[:, 0]
+        return (weights.mT @ x)[:, 0]  # (B, dim)
 
 
 class CompactTransformer(nn.Module):
     """A compact transformer (Hassani et al. 2021): images (B, 3, H, W) to logits (B, num_classes).
 
-    image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else
-    a convolution of kernel = stride = patch_size. positional_embedding is "learnable", "sine" or
-    "none"; class_token stands in place of sequence pooling. drop_path grows from 0 to that rate with depth.
-    Raises UserError for an image that is too small, or that patches do not divide, and for an unknown name.
+    image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else a convolution of
+    kernel = stride = patch_size. positional_embedding is "learnable", "sine" or "none". class_token replaces sequence
+    pooling. drop_path grows from 0 in the first block to that rate in the last. `grid` is (rows, columns) of tokens.
+    Raises UserError if the image is too small or not divisible into patches, and for an unknown name.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -97,7 +97,7 @@ class CompactTransformer(nn.Module):
             self.tokenizer = conv_tokenizer(embed_dim, kernel_size=kernel_size, layers=conv_layers)
         else:
             self.tokenizer = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        self.grid = token_grid(self.tokenizer, (image_size, image_size) if isinstance(image_size, int) else image_size)
+        self.grid = token_grid(self.tokenizer, image_size)
         tokens = self.grid[0] * self.grid[1] + class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         if positional_embedding == "learnable":
@@ -107,7 +107,7 @@ class CompactTransformer(nn.Module):
         elif positional_embedding == "none":
             self.pos_embed = None
         else:
-            raise UserError(f"--positional-embedding {positional_embedding}: there are learnable, sine, none")
+            raise UserError(f"--positional-embedding {positional_embedding}: choose from learnable, sine, none")
         self.drop = Dropout(drop)
         spec = AttentionSpec(embed_dim, num_heads, self.grid, class_token, qkv_bias=False, attn_drop=attn_drop)
         self.blocks = nn.ModuleList(
@@ -120,7 +120,7 @@ class CompactTransformer(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """As the authors' code: linear layers truncated normal of 0.02, convolutions He normal, positions 0.2."""
+        """As in the authors' code: linear layers truncated normal 0.02, positions 0.2, convolutions He-normal."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -133,10 +133,10 @@ class CompactTransformer(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.2)
 
     def forward(self, images):
-        images = images.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
+        images = images.contiguous(memory_format=torch.channels_last)  # faster for convolutions
         x = self.tokenizer(images).flatten(2).mT  # (B, N, dim)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         x = self.drop(x)
@@ -149,23 +149,20 @@ class CompactTransformer(nn.Module):
 
 @torch.no_grad()
 def token_grid(tokenizer, image_size):
-    """(rows, columns) of the tokens of an image (height, width).
+    """(rows, columns) of the tokens of an image; image_size is a number of pixels or (height, width).
 
-    Raises UserError where patches do not divide the image, and where it is so small that there is one token.
+    Raises UserError if the image is not divisible into patches, or so small that it is a single token.
     """
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if isinstance(tokenizer, nn.Conv2d):
         patch = tokenizer.stride[0]
-        for size in image_size:
-            if size % patch:
-                raise UserError(
-                    f"--image-size {size}: patches of {patch} pixels do not divide it, a multiple of {patch} is right"
-                )
-    grid = tuple(tokenizer(torch.zeros(1, 3, *image_size)).shape[2:])
+        for side in sides:
+            if side % patch:
+                raise UserError(f"--image-size {side}: must be a multiple of {patch}, the side of a patch")
+    grid = tuple(tokenizer(torch.zeros(1, 3, *sides)).shape[2:])
     if max(grid) == 1:
-        size = next(s for s in itertools.count(max(image_size)) if tokenizer(torch.zeros(1, 3, s, s)).shape[2] > 1)
-        raise UserError(
-            f"--image-size {max(image_size)} is too small: the tokenizer makes one token of it, from {size} on more"
-        )
+        enough = next(s for s in itertools.count(max(sides)) if tokenizer(torch.zeros(1, 3, s, s)).shape[2] > 1)
+        raise UserError(f"--image-size {max(sides)} is too small: the image is a single token; use {enough} or more")
     return grid
 
 

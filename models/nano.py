@@ -1,4 +1,4 @@
-"""A compact transformer of our own, for as much accuracy as possible from under half a million parameters."""
+"""Our own compact transformer: as much accuracy as possible with fewer than half a million parameters."""
 
 from functools import partial
 
@@ -11,7 +11,10 @@ from models.cct import SequencePooling, token_grid
 
 
 class InvertedResidual(nn.Module):
-    """Widen, depthwise 3x3, narrow, on (B, in_channels, H, W) (Sandler et al. 2018); a residual where widths agree."""
+    """Widen, depthwise 3x3, narrow (Sandler et al. 2018): (B, in_channels, H, W) to (B, out_channels, H, W).
+
+    With a residual if both have the same number of channels.
+    """
 
     def __init__(self, in_channels, out_channels, *, expansion=3):
         super().__init__()
@@ -33,8 +36,10 @@ class InvertedResidual(nn.Module):
 
 
 class NanoBlock(nn.Module):
-    """A pre-norm block on (B, N, dim) that knows the grid: a convolution says where (Chu et al. 2023), then attention,
-    then an MLP with a convolution inside (Li et al. 2021, LocalViT).
+    """A pre-norm block on (B, N, dim) that knows the grid, by two depthwise convolutions.
+
+    The first encodes positions (Chu et al. 2023); then attention; the second is inside the MLP (Li et al. 2021,
+    LocalViT).
     """
 
     def __init__(self, spec, *, attention, mlp_ratio, drop_path):
@@ -56,10 +61,10 @@ class NanoBlock(nn.Module):
 
 
 class NanoTransformer(nn.Module):
-    """Inverted residuals down to a quarter of the image's side, then attention blocks, each used `repeats` times.
+    """Inverted residuals down to a quarter of the image's side, then attention blocks, each applied `repeats` times.
 
-    Images (B, 3, H, W) to logits (B, num_classes). Using a block's weights twice (Lan et al. 2020, ALBERT) buys depth
-    without parameters: with 100 classes the defaults have 466,517. Raises UserError for an image that is too small.
+    Images (B, 3, H, W) to logits (B, num_classes). Applying a block twice (Lan et al. 2020, ALBERT) adds depth without
+    parameters: with 100 classes the defaults have 466,517. Raises UserError if the image is too small.
     """
 
     no_weight_decay = ()
@@ -91,7 +96,7 @@ class NanoTransformer(nn.Module):
             InvertedResidual(width, embed_dim, expansion=expansion),
             nn.MaxPool2d(3, 2, 1),
         )
-        self.grid = token_grid(self.tokenizer, (image_size, image_size) if isinstance(image_size, int) else image_size)
+        self.grid = token_grid(self.tokenizer, image_size)
         self.repeats = repeats
         spec = AttentionSpec(embed_dim, num_heads, self.grid, attn_drop=attn_drop)
         self.blocks = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""torchvision's ViT-B/16, whose ImageNet weights are fine-tuned on small images."""
+"""torchvision's ViT-B/16 for fine-tuning on small images, and weights that others have published."""
 
 import re
 
@@ -15,7 +15,7 @@ VIT_B_16 = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
 class PretrainedViT(nn.Module):
     """torchvision's ViT-B/16 (Dosovitskiy et al. 2021): images (B, 3, H, W) of any size to logits (B, num_classes).
 
-    It enlarges its images to the 224 pixels of its weights, so that a dataset of small ones needs no more memory.
+    Images are enlarged to 224 pixels inside the model, so that a dataset of small images stays small in memory.
     """
 
     grid, patch_size, side = (14, 14), 16, 224
@@ -27,8 +27,8 @@ class PretrainedViT(nn.Module):
 
     def forward(self, images):
         if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
-        return self.vit(images)
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)  # (B, 3, 224, 224)
+        return self.vit(images)  # (B, num_classes)
 
 
 def imagenet_statistics():
@@ -37,20 +37,23 @@ def imagenet_statistics():
     return preset.mean, preset.std
 
 
-def load_imagenet_weights(model):
-    """Put torchvision's ImageNet weights into a PretrainedViT, all but the head.
-
-    They are downloaded into torch's cache when they are not there. Raises UserError where that fails.
-    """
+def download_weights(weights):
+    """The state dict of torchvision's `weights`, from torch's cache or downloaded. Raises UserError if that fails."""
     try:
-        weights = VIT_B_16.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what came is another file
-        raise UserError(f"--pretrained: {VIT_B_16.url} cannot be downloaded ({error})") from error
+        return weights.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"--pretrained: {weights.url} cannot be downloaded ({error}): put it into {folder}") from error
+
+
+def load_imagenet_weights(model):
+    """Put torchvision's ImageNet weights into a PretrainedViT, except the head. Raises UserError without them."""
     own = model.vit.state_dict()
-    model.vit.load_state_dict(weights | {name: own[name] for name in own if name.startswith("heads.")})
+    head = {name: own[name] for name in own if name.startswith("heads.")}
+    model.vit.load_state_dict(download_weights(VIT_B_16) | head)
 
 
-# from the names of the authors' released weights to those here
+# patterns in the names of the authors' released weights, and what stands for them here
 PUBLISHED_NAMES = {
     r"tokenizer\.conv_layers\.(\d)\.0\.": lambda found: f"tokenizer.{3 * int(found[1])}.",
     r"^classifier\.": "",
@@ -65,10 +68,10 @@ PUBLISHED_NAMES = {
 
 
 def load_published(model, weights):
-    """Put the authors' released weights, a state dict, into a CompactTransformer; returns the names that were left out.
+    """Put the authors' released weights, a state dict, into a CompactTransformer. Returns the names left out.
 
-    A learnable embedding of a square image of another size is interpolated, bilinearly; a head for other classes is
-    left out. Raises UserError that names the first keys that differ otherwise.
+    A learnable positional embedding of a square image is interpolated bilinearly to the model's grid; a head for
+    another number of classes is left out. Raises UserError if other weights do not fit (see check_shapes).
     """
     for pattern, name in PUBLISHED_NAMES.items():
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
@@ -76,30 +79,36 @@ def load_published(model, weights):
         weights = {key.replace("tokenizer.0.", "tokenizer."): value for key, value in weights.items()}
     own = model.state_dict()
     if "pos_embed" in weights and "pos_embed" in own:
-        first = int(model.cls_token is not None)
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid, first)
-    left = [key for key in ("head.weight", "head.bias") if key in weights and weights[key].shape != own[key].shape]
-    weights |= {key: own[key] for key in left}
+        class_tokens = int(model.cls_token is not None)
+        weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid, class_tokens)
+    left_out = [key for key in ("head.weight", "head.bias") if key in weights and weights[key].shape != own[key].shape]
+    weights |= {key: own[key] for key in left_out}
+    check_shapes(weights, own, sorted(own.keys() | weights.keys()), flag="--init-from")
+    model.load_state_dict(weights)
+    return left_out
+
+
+def shape_of(weights, name):
+    return tuple(weights[name].shape) if name in weights else "missing"
+
+
+def check_shapes(weights, own, names, *, flag):
+    """Raises UserError, with the first three of them, if tensors of two state dicts differ in shape or are missing."""
     wrong = [
-        f"{key} ({shape_of(weights, key)} there, {shape_of(own, key)} here)"
-        for key in sorted(own.keys() | weights.keys())
-        if shape_of(weights, key) != shape_of(own, key)
+        f"{name} ({shape_of(weights, name)} in the file, {shape_of(own, name)} in the model)"
+        for name in names
+        if shape_of(weights, name) != shape_of(own, name)
     ]
     if wrong:
-        raise UserError(f"the weights do not fit the model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
-    model.load_state_dict(weights)
-    return left
+        listed = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
+        raise UserError(f"{flag}: the weights do not fit the model: {listed}")
 
 
-def shape_of(weights, key):
-    return tuple(weights[key].shape) if key in weights else "none"
-
-
-def resize_positions(embedding, grid, class_token):
-    """A positional embedding (1, N, dim) of class_token tokens and a square grid, for another grid (rows, columns)."""
-    first, cells = embedding[:, :class_token], embedding[:, class_token:]
+def resize_positions(embedding, grid, class_tokens):
+    """A positional embedding (1, N, dim) of class_tokens and then a square grid, resized to another grid."""
+    first, cells = embedding[:, :class_tokens], embedding[:, class_tokens:]
     side = round(cells.shape[1] ** 0.5)
     if side * side != cells.shape[1] or (side, side) == grid:
         return embedding
-    cells = F.interpolate(cells.mT.unflatten(2, (side, side)), grid, mode="bilinear")
-    return torch.cat([first, cells.flatten(2).mT], dim=1)
+    cells = F.interpolate(cells.mT.unflatten(2, (side, side)), grid, mode="bilinear")  # (1, dim, rows, columns)
+    return torch.cat([first, cells.flatten(2).mT], dim=1)  # (1, class_tokens + rows * columns, dim)

@@ -1,4 +1,6 @@
-"""A table of a model's layers: what comes out of each, how many parameters it has, and what it costs."""
+"""A table of a model's layers: output shapes, parameters and multiply-adds."""
+
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -6,24 +8,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def summarize(model, input_shape):
-    """The table as text. input_shape is that of one image, (C, H, W); the model is run once on zeros.
+    """The table as text. input_shape is (C, H, W) of one image; the model runs once on zeros.
 
-    A module has a row where it holds parameters itself, or multiplies matrices itself: so does one beside its children,
-    such as a position embedding, or the two products of an attention. Multiply-adds are those of a forward pass of one
-    image, in matrix products and convolutions.
+    There is a row for each module without children, for each parameter of a module with children (a positional
+    embedding), and for each module with children that multiplies matrices itself (attention). Multiply-adds are those
+    of the matrix products and convolutions in a forward pass of one image.
     """
     shapes = {}
 
-    def record(name):
-        def hook(module, inputs, output):
-            shapes[name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+    def record(name, module, inputs, output):
+        shapes[name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-        return hook
-
-    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
-        # the mathematical form of attention, since a fused one's products are not counted on every device
+        # attention written out, since the products of fused kernels are not counted on every device
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
@@ -33,7 +32,7 @@ def summarize(model, input_shape):
         for hook in hooks:
             hook.remove()
 
-    # what a module multiplies itself is what was counted while it ran, less what was counted in those below it
+    # a module's own multiply-adds: those counted while it ran, minus those of its descendants; the deepest come first
     costs = {}
     for name in sorted(shapes, key=lambda name: name.count(".") + bool(name), reverse=True):
         counted = counter.get_flop_counts().get(".".join(filter(None, (type(model).__name__, name))), {})
@@ -42,14 +41,12 @@ def summarize(model, input_shape):
 
     rows = []
     for name, module in model.named_modules():
-        leaf = not any(module.children())
-        for own, parameter in module.named_parameters(recurse=False):
-            if not leaf or own not in ("weight", "bias"):
-                rows.append((f"{name}.{own}".lstrip("."), "parameter", tuple(parameter.shape), parameter.numel(), 0))
+        parameters, leaf = dict(module.named_parameters(recurse=False)), not any(module.children())
+        if not leaf:
+            for own, p in parameters.items():
+                rows.append((f"{name}.{own}".lstrip("."), "parameter", tuple(p.shape), p.numel(), 0))
         if leaf or (name and costs.get(name)):
-            count = sum(
-                p.numel() for own, p in module.named_parameters(recurse=False) if leaf and own in ("weight", "bias")
-            )
+            count = sum(p.numel() for p in parameters.values()) if leaf else 0
             rows.append((name, type(module).__name__, shapes.get(name, ""), count, costs.get(name, 0)))
     total = sum(row[3] for row in rows)
     rows.append(("total", type(model).__name__, shapes[""], total, sum(costs.values())))

@@ -9,12 +9,12 @@ from models.attention import AttentionSpec, Block, Dropout
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al. 2021) as the report builds it: images (B, C, H, W) to logits (B, num_classes).
+    """The report's ViT (Dosovitskiy et al. 2021): images (B, C, H, W) to logits (B, num_classes).
 
-    image_size is a number of pixels or (height, width); pad fills images that patches do not divide with zeros at the
-    right and the bottom. `grid` is (rows, columns) of patches. attention is a name in ATTENTIONS; drop_path grows from
-    0 to that rate with depth. The defaults have 3,195,146 parameters. Raises UserError for sizes that do not divide
-    (see patch_grid, MultiHeadAttention), and for an unknown attention.
+    image_size is a number of pixels or (height, width); with pad, zeros at the right and bottom make it divisible by
+    patch_size. attention is a name in ATTENTIONS. drop_path grows from 0 in the first block to that rate in the last.
+    `grid` is (rows, columns) of patches. The defaults have 3,195,146 parameters. Raises UserError for sizes that are
+    not divisible (see patch_grid, MultiHeadAttention) and for an unknown attention.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -54,9 +54,9 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, images):
-        images = F.pad(images, self.padding)
+        images = F.pad(images, self.padding)  # (B, C, rows * patch_size, columns * patch_size)
         x = self.patch_embed(to_patches(images, self.patch_size))  # (B, N, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N+1, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
         x = self.drop(x + self.pos_embed)
         for block in self.blocks:
             x = block(x)
@@ -64,10 +64,10 @@ class VisionTransformer(nn.Module):
 
 
 def patch_grid(image_size, patch_size, *, pad=False):
-    """Patches down and across an image: (rows, columns).
+    """(rows, columns) of the patches of an image of image_size (height, width) in pixels.
 
-    image_size is (height, width) in pixels; with pad, a patch that the border cuts counts as a whole one.
-    Raises UserError where patches do not divide the image and pad is off.
+    With pad, the patches that extend beyond the border count too. Raises UserError if patch_size does not divide the
+    image and pad is off.
     """
     if patch_size < 1:
         raise UserError(f"--patch-size {patch_size}: must be at least 1")
@@ -75,17 +75,15 @@ def patch_grid(image_size, patch_size, *, pad=False):
         if size % patch_size and not pad:
             below = size // patch_size * patch_size
             fits = f"{below} or {below + patch_size}" if below else f"{patch_size}"
-            raise UserError(
-                f"--image-size {size} is not divisible by --patch-size {patch_size}: {fits} would be; --pad fills it up"
-            )
+            raise UserError(f"--image-size {size} is not divisible by --patch-size {patch_size}: use {fits}, or --pad")
     return tuple(-(-size // patch_size) for size in image_size)
 
 
 def to_patches(images, patch_size):
-    """Cut images (B, C, H, W) into non-overlapping patches (B, N, C*p*p), row by row; H and W are multiples of p.
+    """Cut images (B, C, H, W) into non-overlapping patches (B, N, C*p*p), row by row; p must divide H and W.
 
-    Within a patch the order is channel, row, column: that of a Conv2d weight, so that a Linear on these patches is
-    the Conv2d of kernel = stride = p with the same weights.
+    Within a patch the order is channel, row, column, as in the weight of a Conv2d. So a Linear on these patches is a
+    Conv2d of kernel = stride = p with the same weights.
     """
     p = patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, H/p, W/p, p, p)

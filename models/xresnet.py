@@ -1,4 +1,4 @@
-"""XResNets as in fastai's code of May 2019 (the tweaks of He et al. 2019), with attention inside the first stage."""
+"""XResNets as in fastai's code of May 2019 (the tweaks of He et al. 2019), with attention inside stages."""
 
 from functools import partial
 
@@ -20,8 +20,8 @@ def conv_bn(in_channels, out_channels, kernel_size, *, stride=1, relu=True):
 class XResBlock(nn.Module):
     """relu(attention(convs(x)) + shortcut(x)); the shortcut halves the map by average pooling, before its convolution.
 
-    The last normalisation starts at zero, and so the block as its shortcut. `attention` is the identity until another
-    module is put there.
+    The last normalisation starts at zero, so that the block starts as its shortcut. `attention` is the identity until
+    XResNet replaces it.
     """
 
     def __init__(self, in_channels, channels, *, expansion, stride):
@@ -46,10 +46,10 @@ class XResBlock(nn.Module):
 class XResNet(TrunkAndHead):
     """XResNet on images (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
 
-    attention is "none", "sagan" or "simple", inside the last block of each stage in attention_in, after its last
-    normalisation and before the skip (github.com/sdoria/SimpleSelfAttention, 2019). stem_widths of (32, 32, 64) are
-    today's fastai. image_size is a number of pixels or (height, width). `grid` is (rows, columns) of the last attended
-    map, or of the last feature map.
+    attention is "none", "sagan" or "simple", in the last block of each stage in attention_in, between its last
+    normalisation and the skip connection (github.com/sdoria/SimpleSelfAttention, 2019). Today's fastai has stem_widths
+    (32, 32, 64). image_size is a number of pixels or (height, width). `grid` is (rows, columns) of the last map with
+    attention, or of the last feature map.
     Raises UserError for an unknown stage or attention, and for a map of a single node (see node_grid).
     """
 
@@ -67,22 +67,22 @@ class XResNet(TrunkAndHead):
     ):
         super().__init__()
         if len(stem_widths) != 3:
-            raise UserError(f"--stem-widths {' '.join(map(str, stem_widths))}: three numbers are right, as 32 64 64")
+            raise UserError(f"--stem-widths {' '.join(map(str, stem_widths))}: must be three numbers, such as 32 64 64")
         expansion, counts = XRESNET_BLOCKS[depth]
         stem = zip((3, *stem_widths), stem_widths, (2, 1, 1))
         self.stem = nn.Sequential(*(conv_bn(before, after, 3, stride=stride) for before, after, stride in stem))
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = dict(zip(STAGES, (64 * expansion * 2**i for i in range(4))))
-        before = stem_widths[-1]
+        in_channels = stem_widths[-1]
         for name, count in zip(STAGES, counts):
             blocks = []
             for i in range(count):
                 stride = 2 if i == 0 and name != "layer1" else 1
-                blocks.append(XResBlock(before, channels[name], expansion=expansion, stride=stride))
-                before = channels[name]
+                blocks.append(XResBlock(in_channels, channels[name], expansion=expansion, stride=stride))
+                in_channels = channels[name]
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(before, num_classes)
+        self.fc = nn.Linear(in_channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -98,10 +98,10 @@ class XResNet(TrunkAndHead):
             getattr(self, name)[-1].attention = make_attention2d(attention, channels[name], **options)
 
     def forward(self, images):
-        images = images.contiguous(memory_format=torch.channels_last)  # convolutions and pooling like it better
-        x = self.maxpool(self.stem(images))
+        images = images.contiguous(memory_format=torch.channels_last)  # faster for convolutions
+        x = self.maxpool(self.stem(images))  # (B, stem_widths[-1], rows, columns)
         for name in STAGES:
-            x = getattr(self, name)(x)
+            x = getattr(self, name)(x)  # each stage after the first: twice the channels, half the rows and columns
         return self.fc(self.avgpool(x).flatten(1))  # (B, num_classes)
 
 

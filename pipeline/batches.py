@@ -1,4 +1,4 @@
-"""Batches of images on the device: in which order they come, and how they are augmented."""
+"""Batches of images on the device: their order and their augmentation."""
 
 from functools import partial
 
@@ -19,18 +19,18 @@ from pipeline.large import LargeImages
 from pipeline.policies import POLICIES
 from seeding import seed_for
 
-RATIO = (3 / 4, 4 / 3)  # of a random resized crop where --ratio is not given: torchvision's
+RATIO = (3 / 4, 4 / 3)  # of a random resized crop without --ratio: as in torchvision
 
 
 class Batches:
     """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (images, labels).
 
-    Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float where mix has mixed
-    them. All images lie on the device as uint8; LargeImages come as `crops`, from crop_batches. With a seed, the
-    order follows from (seed, epoch), and all else that is drawn from (seed, epoch, step): each of transforms is applied
-    to the uint8 images, each of float_transforms to the normalised ones, as transform(images, generator), and then
-    mix(images, labels), which draws from torch's global generator. Without a seed images come in order, as they
-    are. With drop_last those that are left over from an epoch's whole batches wait for the next one.
+    Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float after mix. The images
+    of the Split lie on the device as uint8; LargeImages come through `crops`, from crop_batches. With a seed, the
+    order follows from (seed, epoch) and everything else from (seed, epoch, step): transform(images, generator) of
+    uint8 images for each of transforms, the same of normalised images for float_transforms, then mix(images, labels),
+    which draws from torch's global generator. Without a seed, images come in order and unchanged. With drop_last, an
+    incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -53,41 +53,39 @@ class Batches:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
-        whole, left = divmod(len(self.labels), batch_size)
-        self.steps_per_epoch = whole if whole and (drop_last or not left) else whole + 1
+        complete, left_over = divmod(len(self.labels), batch_size)
+        self.steps_per_epoch = complete if complete and (drop_last or not left_over) else complete + 1
 
     def batches(self, epoch=0, start_step=0):
         generator = torch.Generator()
         order = torch.arange(len(self.labels))
         if self.seed is not None:
             order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
-        parts = order.split(self.batch_size)[: self.steps_per_epoch]
-        chosen = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
+        indices = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
         if self.crops:
-            cut = self.crops([(part.numpy(), epoch, step) for step, part in enumerate(parts) if step >= start_step])
+            on_host = order.split(self.batch_size)[: self.steps_per_epoch]
+            keys = [(part.numpy(), epoch, step) for step, part in enumerate(on_host)]
+            uint8_batches = self.crops(keys[start_step:])
         else:
-            cut = (self.images[indices] for indices in chosen[start_step:])
-        for step, images in enumerate(cut, start_step):
-            images, labels = images.to(self.device, non_blocking=True), self.labels[chosen[step]]
+            uint8_batches = (self.images[part] for part in indices[start_step:])
+        for step, images in enumerate(uint8_batches, start_step):
+            images, labels = images.to(self.device, non_blocking=True), self.labels[indices[step]]
             if self.seed is not None:
                 generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
             for transform in self.transforms:
-                images = transform(images, generator)
+                images = transform(images, generator)  # (B, 3, H, W) uint8
             images = normalize(images, self.mean, self.std)
             for transform in self.float_transforms:
                 images = transform(images, generator)
             if self.mix:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed_for("mixing", self.seed, epoch, step))
-                    images, labels = self.mix(images, labels)
+                    images, labels = self.mix(images, labels)  # labels: (B, classes)
             yield images, labels
 
 
 def image_transforms(args, *, cropped=False):
-    """The random transforms of uint8 images that the flags ask for, in the order in which they are applied.
-
-    Where these are `cropped` already, --scale is not among them.
-    """
+    """The random transforms of uint8 images that the flags ask for, in order; without --scale if already `cropped`."""
     if args.aa != "none":
         yield partial(POLICIES[args.aa], fill=args.fill)
     if args.hflip:
@@ -101,15 +99,15 @@ def image_transforms(args, *, cropped=False):
 
 
 def normalised_transforms(args):
-    """The same for transforms of normalised images."""
+    """The random transforms of normalised images that the flags ask for, in order."""
     if args.reprob:
         yield partial(random_erasing, p=args.reprob)
     if args.cutout:
         yield partial(cutout, size=args.cutout)
 
 
-def mixing(args, num_classes):
-    """MixUp or CutMix of a batch, each as often where both are asked for; None where neither is."""
+def mix_transform(args, num_classes):
+    """MixUp or CutMix of a batch, equally often if the flags ask for both; None if they ask for neither."""
     mixes = []
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
@@ -119,7 +117,7 @@ def mixing(args, num_classes):
 
 
 def training_batches(dataset, args, device):
-    """Batches of the training images, shuffled and augmented as the flags say."""
+    """Batches of the training images, shuffled, and augmented as the flags say."""
     crops = None
     if isinstance(dataset.train.images, LargeImages):
         crops = crop_batches(
@@ -142,11 +140,11 @@ def training_batches(dataset, args, device):
         crops=crops,
         transforms=tuple(image_transforms(args, cropped=bool(crops))),
         float_transforms=tuple(normalised_transforms(args)),
-        mix=mixing(args, len(dataset.classes)),
+        mix=mix_transform(args, len(dataset.classes)),
     )
 
 
 def evaluation_batches(dataset, split, args, device):
-    """Batches of a Split in order, as they are; large ones, since no gradient is kept, but for a small --batch-size."""
+    """Batches of a Split in order and unchanged, up to four times as large as in training: no gradient is stored."""
     size = min(256, 4 * args.batch_size)
     return Batches(split, batch_size=size, mean=dataset.mean, std=dataset.std, device=device)

@@ -1,4 +1,4 @@
-"""fastai's Imagenette and Imagewoof: ten classes of ImageNet each, easy ones and ten breeds of dogs."""
+"""fastai's Imagenette and Imagewoof: ten classes of ImageNet each, easy ones and dog breeds."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from errors import UserError
 
 IMAGENETTES = ("imagenette", "imagewoof")
 URL = "https://s3.amazonaws.com/fast-ai-imageclas"
-MD5_SUMS = {  # Imagenette's as torchvision has them; Imagewoof's as catalyst has them, beside the same of Imagenette
+MD5_SUMS = {  # Imagenette's from torchvision; Imagewoof's from catalyst, whose sums of Imagenette are the same
     "imagenette2-160": "e793b78cc4c9e9a4ccc0c1155377a412",
     "imagenette2-320": "3df6f0d01a2c9592104656642f5e78a3",
     "imagewoof2-160": "3d200a7be99704a0d7509be2a9fbfe15",
@@ -41,17 +41,17 @@ READABLE = {
 
 
 def find_imagenette(name, data_dir, image_size):
-    """The folder of imagenette or imagewoof, with train/ and val/: data_dir/imagewoof, or the archive's.
+    """The folder of imagenette or imagewoof, with train/ and val/: data_dir/imagewoof, or that of fastai's archive.
 
-    The archive is that of 160 pixels up to --image-size 128, else of 320, as fastai takes them; it is downloaded and
-    checked where it is missing. Raises UserError where it cannot be.
+    The archive has 160 pixels up to --image-size 128, else 320, as in fastai. If it is missing, it is downloaded, and
+    its MD5 sum is checked. Raises UserError if that fails.
     """
     archive = f"{name}2-{160 if image_size <= 128 else 320}"
     folder = Path(data_dir, archive)
     for found in (Path(data_dir, name), folder):
         if (found / "train").is_dir():
             return found
-    partial_folder = Path(data_dir, f".{archive}.part")  # so that what is there was unpacked to its end
+    partial_folder = Path(data_dir, f".{archive}.part")  # renamed when complete
     try:
         download_and_extract_archive(f"{URL}/{archive}.tgz", data_dir, partial_folder, md5=MD5_SUMS[archive])
         os.replace(partial_folder / archive, folder)
@@ -59,16 +59,13 @@ def find_imagenette(name, data_dir, image_size):
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
-            f"put {archive}.tgz or its folder {archive} there, or say where it is by --data-dir"
+            f"put {archive}.tgz or its folder {archive} there, or set --data-dir to its folder"
         ) from error
     return folder
 
 
 def warn_of_seen_images(name):
-    """Say of weights of ImageNet, on stderr, which of the images that are to judge them they were trained on."""
+    """Warn on stderr if weights trained on ImageNet have seen the test images of the dataset `name`."""
     if name in IMAGENETTES:
-        print(
-            f"warning: --pretrained: most test images of {name} are training images of ImageNet, which the weights"
-            " have seen",
-            file=sys.stderr,
-        )
+        seen = f"most test images of {name} are training images of ImageNet, which the weights have seen"
+        print(f"warning: --pretrained: {seen}", file=sys.stderr)

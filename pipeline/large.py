@@ -1,4 +1,4 @@
-"""Images of any shape: those to train on are cut anew in every epoch (see crops.py), those to judge by once."""
+"""Images of any shape: training images get new crops in every epoch (see crops.py), test images one."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -10,20 +10,20 @@ import torch
 from PIL.Image import Resampling
 from torchvision.transforms.functional import center_crop, resize
 
-from pipeline.folders import by_all_cores, cached_array, decode_images, list_folder, opened, upright_image
+from pipeline.folders import by_all_cores, cached_array, decode_images, list_folder, open_image, upright_image
 
-CROP_PCT = 0.875  # the square cut from the centre of an image to judge by, as a share of the image's short side
-HELD = 2  # the short side of an image to train on, at most, over that of a crop: few crops are coarser than the file
+CROP_PCT = 0.875  # side of a test image's centre crop, as a fraction of the image's short side
+MAX_SIDE = 2  # largest short side of a training image in memory, in sides of a crop: few crops lose detail
 
 
 @dataclass
 class LargeImages:
-    """Files of images of any shape. sizes (N, 2) are the heights and widths at which they are held, upright."""
+    """Files of images of any shape. sizes (N, 2) are the upright heights and widths to which they are decoded."""
 
     root: Path
-    files: np.ndarray  # (N, 3), as images_in has them
+    files: np.ndarray  # (N, 3), from list_images
     sizes: torch.Tensor
-    image_size: int  # of a crop
+    image_size: int  # side of a crop
     crop_pct: float  # see CROP_PCT
     cache_dir: Path | None
 
@@ -31,15 +31,15 @@ class LargeImages:
         return len(self.files)
 
     def __getitem__(self, indices):
-        """Those at `indices`, as LargeImages."""
+        """The LargeImages at `indices`."""
         return replace(self, files=self.files[indices], sizes=self.sizes[indices])
 
     @property
     def num_bytes(self):
         return 3 * self.sizes.prod(1).sum().item()
 
-    def cached(self, what, make):
-        return cached_array(self.root, f"{self.image_size}px-{what}", self.files.tolist(), make, self.cache_dir)
+    def cached(self, name, make):
+        return cached_array(self.root, f"{self.image_size}px-{name}", self.files.tolist(), make, self.cache_dir)
 
     def decode(self, index):
         """One image, (H, W, 3) uint8."""
@@ -50,7 +50,7 @@ class LargeImages:
         return np.array(image)
 
     def decode_all(self):
-        """The bytes of all images, one after the other, and room for a line of an image after the last."""
+        """The bytes of all images (H, W, 3), one after the other, and space for one more line (see cut_together)."""
 
         def pixels():
             buffer, end = np.empty(self.num_bytes + 3 * self.sizes[:, 1].max().item(), np.uint8), 0
@@ -62,47 +62,43 @@ class LargeImages:
         return torch.from_numpy(self.cached("whole", pixels))
 
     def centre_crops(self, split):
-        """Their centre_crop, (N, 3, S, S) uint8; split is the name under which these are cached."""
-        paths, cut = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
-        what = f"{split}-{self.crop_pct:g}"
-        return torch.from_numpy(self.cached(what, lambda: decode_images(paths, self.image_size, cut)))
+        """centre_crop of each image, (N, 3, S, S) uint8, cached under the name `split`."""
+        paths, crop = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
+        name = f"{split}-{self.crop_pct:g}"
+        return torch.from_numpy(self.cached(name, lambda: decode_images(paths, self.image_size, crop)))
 
 
 def centre_crop(path, size, *, crop_pct=CROP_PCT):
-    """An image to judge by, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre."""
+    """A test image, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
     short_side = round(size / crop_pct)
     image = resize(upright_image(path, short_side), short_side)
     return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
 
 
 def upright_size(path):
-    """(height, width) of an image, turned by its EXIF tag; no pixel is decoded where its format allows that."""
-    with opened(path) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    """(height, width) of an image after its EXIF rotation. Decodes no pixel if the format allows that."""
+    with open_image(path) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the orientations with sides swapped
         return image.size if turned else image.size[::-1]
 
 
 def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
-    """(class names, {split: (LargeImages, labels, file names)}), split as find_splits says, for crops of image_size.
+    """(class names, {split: (LargeImages, labels, file names)}) for the splits of find_splits and crops of image_size.
 
-    Says on stderr where some are smaller than that. Raises UserError for a folder that cannot be used and a file that
-    is no image.
+    Warns on stderr if some images are smaller. Raises UserError if the folder cannot be used or a file is not an image.
     """
-    names, splits = list_folder(root)
-    files = [file for files, _, _ in splits.values() for file in files]
+    names, files, splits = list_folder(root)
     paths = [path for path, _, _ in files]
     sizes = cached_array(root, "sizes", files, lambda: np.array([*by_all_cores(upright_size, paths)]), cache_dir)
     short_sides = sizes.min(1, keepdims=True)
     if small := (short_sides < image_size).sum():
         print(
             f"warning: {small:,} of {len(sizes):,} images are smaller than --image-size {image_size} "
-            f"(the smallest: {short_sides.min()} pixels): they are enlarged",
+            f"(the smallest: {short_sides.min()} pixels) and are enlarged",
             file=sys.stderr,
         )
-    held = np.where(short_sides > HELD * image_size, sizes * HELD * image_size // short_sides, sizes)
-    images = LargeImages(root, np.array(files, dtype=object), torch.from_numpy(held), image_size, crop_pct, cache_dir)
-    ends = np.cumsum([len(labels) for _, labels, _ in splits.values()])
-    return names, {
-        split: (images[end - len(labels) : end], labels, paths)
-        for end, (split, (_, labels, paths)) in zip(ends, splits.items())
-    }
+    largest = MAX_SIDE * image_size
+    sizes = torch.from_numpy(np.where(short_sides > largest, sizes * largest // short_sides, sizes))
+    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir)
+    parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
+    return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}

@@ -1,24 +1,24 @@
-"""AutoAugment, RandAugment and TrivialAugment on a batch of uint8 images, another draw for every image.
+"""AutoAugment, RandAugment and TrivialAugment on a batch of uint8 images; each image draws its own operations.
 
-A policy draws on the host, for each image, one operation and its magnitude a stage. A stage sorts the batch by
-operation, so that each one is carried out once, on all the images that drew it. What an operation does is written
-as in torchvision's functional transforms of uint8 tensors.
+A policy has one or more stages. For each stage it draws, on the host, one operation and its magnitude per image. The
+batch is then sorted by operation, so that each operation runs once, on all the images that drew it. The operations
+compute what torchvision's functional transforms of uint8 tensors do.
 """
 
 import torch
 
 from pipeline.augment import nearest_affine, rotations
 
-# torchvision's names, and its magnitudes
+# torchvision's names
 OPERATIONS = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness"),
     *("Posterize", "Solarize", "AutoContrast", "Equalize", "Identity", "Invert"),
 )
-AFFINE, SIGNED, WITHOUT_INVERT = 5, 9, 14  # how many move pixels, go both ways, all but the last
+AFFINE, SIGNED, WITHOUT_INVERT = 5, 9, 14  # the first 5 move pixels, the first 9 have a sign, the last is Invert
 IDENTITY = OPERATIONS.index("Identity")
 
-# Cubuk et al. 2019, table 7: operation, probability, index of the magnitude out of ten; the same again
+# Cubuk et al. 2019, table 7: operation, probability and index of the magnitude (0 to 9), for both stages
 CIFAR10_POLICY = (
     ("Invert", 0.1, 0, "Contrast", 0.2, 6),
     ("Rotate", 0.7, 2, "TranslateX", 0.3, 9),
@@ -49,7 +49,7 @@ CIFAR10_POLICY = (
 
 
 def move(images, operation, magnitude, *, fill):
-    """Shear, translate or rotate images (n, 3, H, W), by one gather for all; operation and magnitude are (n,)."""
+    """Shear, translate or rotate images (n, 3, H, W), all by one gather; operation and magnitude are (n,)."""
     height, width = images.shape[2:]
     amounts = torch.zeros(AFFINE, len(images), dtype=torch.float64).scatter_(0, operation[None], magnitude[None])
     shear_x, shear_y, right, down, angle = amounts
@@ -62,12 +62,12 @@ def move(images, operation, magnitude, *, fill):
 
 
 def blend(degenerate, images, magnitude):
-    """Away from the degenerate images where the magnitude is above 0, towards them where it is below."""
+    """Move images away from the degenerate ones if the magnitude is above 0, towards them if it is below."""
     return torch.lerp(degenerate, images.float(), 1 + magnitude).clamp_(0, 255).byte()
 
 
 def grey(images):
-    """The luminance (n, 1, H, W) of images (n, 3, H, W), in whole levels, as float."""
+    """The luminance (n, 1, H, W) of images (n, 3, H, W), rounded down to whole levels, as float."""
     red, green, blue = images.float().split(1, dim=1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
@@ -85,13 +85,13 @@ def contrast(images, magnitude):
 
 
 def sharpness(images, magnitude):
-    """Blend with a blur: 3 x 3 pixels, the middle one weighing five times as much; the border stays as it is."""
+    """Blend with a blur of 3 x 3 pixels whose centre weighs 5 and the others 1; the border does not change."""
     rows = images.short()
-    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]  # (n, 3, H - 2, W)
     around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # (n, 3, H - 2, W - 2)
     blurred = images.float()
     inner = blurred[:, :, 1:-1, 1:-1]
-    inner.mul_(4).add_(around).div_(13).round_()
+    inner.mul_(4).add_(around).div_(13).round_()  # in place: also in `blurred`
     return blend(blurred, images, magnitude)
 
 
@@ -101,11 +101,11 @@ def posterize(images, bits):
 
 
 def solarize(images, threshold):
-    return images ^ 255 * (images >= threshold).byte()  # 255 - v is v ^ 255; torch.where is slower by far
+    return images ^ 255 * (images >= threshold).byte()  # 255 - v is v ^ 255; torch.where is much slower
 
 
 def autocontrast(images, magnitude):
-    """Stretch each channel to 0..255; one of a single value stays."""
+    """Stretch each channel to 0..255; a channel with a single value does not change."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     flat = low == high
     scale = 255 / torch.where(flat, 255, high - low)
@@ -113,11 +113,11 @@ def autocontrast(images, magnitude):
 
 
 def equalize(images, magnitude):
-    """Flatten each channel's histogram by a look-up table of 256 levels, in whole numbers as in Pillow."""
+    """Flatten each channel's histogram with a look-up table of 256 levels, in integers as in Pillow."""
     levels = images.flatten(2).long()  # (n, 3, H * W)
     histogram = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
     below = histogram.cumsum(2) - histogram
-    step = below.gather(2, levels.amax(2, keepdim=True)) // 255  # of all pixels but those of the highest level
+    step = below.gather(2, levels.amax(2, keepdim=True)) // 255  # without the pixels of the highest level
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255).byte()
     table = torch.where(step > 0, table, torch.arange(256, dtype=torch.uint8, device=images.device))
     return table.gather(2, levels).view(images.shape)
@@ -131,21 +131,21 @@ def invert(images, magnitude):
     return 255 - images
 
 
-# OPERATIONS[AFFINE:], each from images (n, 3, H, W) uint8 and magnitudes (n, 1, 1, 1) float to such images
+# OPERATIONS[AFFINE:]; each takes images (n, 3, H, W) uint8 and magnitudes (n, 1, 1, 1) float
 CHANGES = (brightness, color, contrast, sharpness, posterize, solarize, autocontrast, equalize, identity, invert)
 
 
 def apply_operation(images, operation, magnitude, *, fill):
-    """Carry out on each of the images (B, 3, H, W) uint8 its own operation, at its own magnitude.
+    """Apply to each of the images (B, 3, H, W) uint8 its own operation, with its own magnitude.
 
-    operation (B,) int64, an index in OPERATIONS, and magnitude (B,) float64 are on the host, so that what is to be
-    done is known without asking the device. `fill` is the grey level of what comes in from outside.
+    operation (B,) int64, indices in OPERATIONS, and magnitude (B,) float64 are on the host, so that the host never
+    waits for the device. `fill` is the grey level outside the images.
     """
     device = images.device
     operation, order = operation.sort(stable=True)
     magnitude = magnitude[order]
     counts = operation.bincount(minlength=len(OPERATIONS)).tolist()
-    counts = [sum(counts[:AFFINE]), *counts[AFFINE:]]
+    counts = [sum(counts[:AFFINE]), *counts[AFFINE:]]  # the affine operations are one group
     groups = images.index_select(0, order.to(device, non_blocking=True)).split(counts)
     magnitudes = magnitude.float().to(device, non_blocking=True).view(-1, 1, 1, 1).split(counts)
     done = []
@@ -158,14 +158,14 @@ def apply_operation(images, operation, magnitude, *, fill):
 
 
 def apply_operations(images, operations, magnitudes, *, fill):
-    """apply_operation stage by stage; operations and magnitudes are (B, stages)."""
+    """apply_operation for each stage; operations and magnitudes are (B, stages)."""
     for operation, magnitude in zip(operations.T, magnitudes.T):
         images = apply_operation(images, operation, magnitude, fill=fill)
     return images
 
 
 def magnitude_table(bins, *, shear, right, down, degrees, enhance, bits):
-    """Magnitudes (len(OPERATIONS), bins), from no change to the largest; `bits` is how many posterize may take."""
+    """Magnitudes (len(OPERATIONS), bins), from no change to the largest; posterize removes up to `bits` bits."""
     largest = (shear, shear, right, down, degrees, enhance, enhance, enhance, enhance)
     table = torch.zeros(len(OPERATIONS), bins)
     table[:SIGNED] = torch.stack([torch.linspace(0, end, bins) for end in largest])
@@ -186,14 +186,14 @@ def wide_magnitudes(bins):
 
 
 def signed_magnitudes(table, operations, bins, generator):
-    """Magnitudes out of a table, those of the operations that go both ways negative with probability 1/2."""
+    """Magnitudes from a table; those of operations with a sign are negative with probability 1/2."""
     negative = (torch.rand(operations.shape, generator=generator) < 0.5) & (operations < SIGNED)
     magnitudes = table[operations, bins]
     return torch.where(negative, -magnitudes, magnitudes)
 
 
 def draw_auto_augment(count, size, generator):
-    """Operations and magnitudes (count, 2) of AutoAugment: a sub-policy per image, each half at its probability."""
+    """Operations and magnitudes (count, 2) of AutoAugment: a row of the policy per image, with its probabilities."""
     rows = [((OPERATIONS.index(a), b, c), (OPERATIONS.index(d), e, f)) for a, b, c, d, e, f in CIFAR10_POLICY]
     chosen = torch.tensor(rows)[torch.randint(len(rows), (count,), generator=generator)]  # (count, 2, 3)
     operations, probabilities, bins = chosen.unbind(2)
@@ -210,7 +210,7 @@ def draw_rand_augment(count, size, generator, *, num_ops, magnitude):
 
 def draw_trivial_augment(count, generator):
     """Operations and magnitudes (count, 1) of TrivialAugment, each operation and each magnitude equally likely."""
-    operations, bins = (torch.randint(most, (count, 1), generator=generator) for most in (WITHOUT_INVERT, 31))
+    operations, bins = (torch.randint(high, (count, 1), generator=generator) for high in (WITHOUT_INVERT, 31))
     return operations, signed_magnitudes(wide_magnitudes(31), operations, bins, generator)
 
 
@@ -220,7 +220,7 @@ def auto_augment(images, generator, *, fill):
 
 
 def rand_augment(images, generator, *, num_ops=2, magnitude=9, fill):
-    """RandAugment (Cubuk et al. 2020) on images (B, 3, H, W) uint8; magnitude is a whole number from 0 to 30."""
+    """RandAugment (Cubuk et al. 2020) on images (B, 3, H, W) uint8; magnitude is an integer from 0 to 30."""
     drawn = draw_rand_augment(len(images), images.shape[2:], generator, num_ops=num_ops, magnitude=magnitude)
     return apply_operations(images, *drawn, fill=fill)
 

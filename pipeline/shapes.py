@@ -1,9 +1,8 @@
-"""The embedded dataset: drawn shapes on textured backgrounds, and the mask of where each one is.
+"""The built-in dataset: shapes drawn on textured backgrounds, with a mask of each shape.
 
-Ten classes, 32 x 32 pixels, made anew from fixed seeds in a few seconds; nothing is downloaded or stored. Sizes, angles
-and colours are random; centres are uniform over a square that leaves out a margin of 4 pixels, so that shapes near the
-border are cut by it. Every array operation is exact IEEE arithmetic in a fixed order, and the random bits are PCG64's,
-so the images are the same on every machine.
+Ten classes, 32 x 32 pixels, generated from fixed seeds in a few seconds; nothing is downloaded or stored. Sizes, angles
+and colours are random. Centres are uniform over a square with a margin of 4 pixels, so the border cuts some shapes.
+All arithmetic is IEEE in a fixed order, and the random bits are PCG64's, so the images are the same on every machine.
 """
 
 import os
@@ -16,9 +15,9 @@ import torch
 SIZE = 32
 COUNTS = {"train": 20_000, "val": 2_000, "test": 2_000}
 MARGIN = 4
-COVERAGE = (0.08, 0.25)  # the share of the image that a mask covers at least, and its outline at most
-CHUNK = 100  # images drawn at once: small enough for the processor's cache
-# cosine and sine of 256 directions, rounded so that every machine's libm agrees
+COVERAGE = (0.08, 0.25)  # fractions of the image: a mask covers at least the first, its outline at most the second
+CHUNK = 100  # images drawn together: they fit into the processor's cache
+# cosine and sine of 256 directions, rounded so that they are the same with every libm
 DIRECTIONS = np.round([[np.cos(a), np.sin(a)] for a in np.arange(256) * (2 * np.pi / 256)], 6).astype(np.float32)
 CENTRES = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
 Y, X = CENTRES[:, None], CENTRES[None, :]
@@ -28,7 +27,7 @@ class ShapeSet(NamedTuple):
     images: torch.Tensor  # (N, 3, 32, 32) uint8
     labels: torch.Tensor  # (N,) int64
     masks: torch.Tensor  # (N, 32, 32) bool: the pixels of the shape
-    outlines: torch.Tensor  # (N, 32, 32) bool: the same with the holes of hollow shapes filled
+    outlines: torch.Tensor  # (N, 32, 32) bool: the mask with its hole filled
 
 
 def length(x, y):
@@ -40,13 +39,13 @@ def box(x, y, width, height):
 
 
 def half_planes(x, y, count, distance):
-    """Distances beyond `count` lines, each `distance` from the origin, turned by equal angles."""
+    """Signed distances to `count` lines at `distance` from the origin, in directions at equal angles."""
     angles = np.arange(count) * (2 * np.pi / count)
     return [x * np.float32(round(np.cos(a), 6)) + y * np.float32(round(np.sin(a), 6)) - distance for a in angles]
 
 
 def star(x, y):
-    # a pentagram is where at most one of the five lines is crossed: the second largest distance
+    # inside a pentagram at most one of the five lines is crossed: the second largest distance is negative
     largest, second = np.full_like(x, -9), np.full_like(x, -9)
     for d in half_planes(x, y, 5, 0.382):
         second = np.maximum(second, np.minimum(largest, d))
@@ -54,7 +53,7 @@ def star(x, y):
     return second
 
 
-# Signed distances (negative inside) of shapes of about unit radius; a hollow one is (outline, hole).
+# signed distances (negative inside) to shapes of about unit radius; a hollow shape is (outline, hole)
 DISTANCES = {
     "disc": lambda x, y: length(x, y) - 1,
     "ring": (lambda x, y: length(x, y) - 1, lambda x, y: length(x, y) - 0.55),
@@ -71,19 +70,20 @@ CLASSES = list(DISTANCES)
 
 
 def unit_area(distances):
+    """The area of a shape of unit radius, without its hole."""
     grid = (np.arange(400, dtype=np.float32) - 199.5) / 100
     inside = [d(grid[None, :], grid[:, None]) < 0 for d in distances]
     return (inside[0].sum() - sum(hole.sum() for hole in inside[1:])) / 1e4
 
 
 def draw_shapes(rng, name, count):
-    """Coverage of each pixel by the shape (N, 32, 32) in [0, 1], the mask, and the outline, `count` times."""
+    """`count` shapes of a class: coverage of each pixel (N, 32, 32) in [0, 1], masks and outlines (N, 32, 32) bool."""
     distances = DISTANCES[name] if isinstance(DISTANCES[name], tuple) else (DISTANCES[name],)
     unit = unit_area(distances)
     centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
-    outer, inner = np.empty((2, count, SIZE, SIZE), np.float32)
+    outer, inner = np.empty((2, count, SIZE, SIZE), np.float32)  # distances to the outline and to the hole
     left = np.arange(count)
-    while len(left):  # a mask that the border cuts too small is drawn again with another size and angle, same centre
+    while len(left):  # a shape outside COVERAGE is drawn again with another size and angle, at the same centre
         area = rng.random((len(left), 1, 1), dtype=np.float32) * 0.15 + 0.095
         scale = np.sqrt(area * SIZE * SIZE / np.float32(unit))
         c, s = DIRECTIONS[rng.integers(256, size=len(left))].T[:, :, None, None]
@@ -99,12 +99,12 @@ def draw_shapes(rng, name, count):
 
 
 def draw_backgrounds(rng, count):
-    """Two dark colours mixed by smooth noise and stripes, with strokes of any colour: (N, 3, 32, 32) float32."""
+    """Two dark colours mixed by smooth noise and stripes, and three strokes of any colour: (N, 3, 32, 32) float32."""
     coarse = rng.random((count, 6, 6), dtype=np.float32)
     position = CENTRES * np.float32(5 / SIZE)
     low, part = position.astype(int), position - np.floor(position)
     rows = coarse[:, low] * (1 - part[:, None]) + coarse[:, low + 1] * part[:, None]
-    mix = rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part
+    mix = rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part  # (N, 32, 32): the noise, interpolated
     c, s = DIRECTIONS[rng.integers(256, size=count)].T[:, :, None, None]
     frequency, phase = rng.random((2, count, 1, 1), dtype=np.float32)
     wave = (X * c + Y * s) * (np.float32(0.08) + frequency * np.float32(0.15)) + phase
@@ -116,9 +116,8 @@ def draw_backgrounds(rng, count):
         half, width = rng.random((2, count, 1, 1), dtype=np.float32) * 3 + np.float32([[[[0.5]]], [[[0.6]]]])
         c, s = DIRECTIONS[rng.integers(256, size=count)].T[:, :, None, None]
         x, y = X - centre[0], Y - centre[1]
-        stroke = np.clip(np.float32(0.5) - box(x * c + y * s, y * c - x * s, half + width * 0.3, width * 0.3), 0, 1)[
-            :, None
-        ]
+        distance = box(x * c + y * s, y * c - x * s, half + width * 0.3, width * 0.3)
+        stroke = np.clip(np.float32(0.5) - distance, 0, 1)[:, None]
         images += (rng.integers(0, 256, (count, 3, 1, 1)).astype(np.float32) - images) * stroke
     return images
 
@@ -135,7 +134,7 @@ def draw(rng, name, count):
 
 
 def make_shapes(split):
-    """The images of "train", "val" or "test", as many of each class, with labels, masks and outlines: a ShapeSet."""
+    """The ShapeSet of "train", "val" or "test"; all classes have the same number of images."""
     number = list(COUNTS).index(split)
     count = COUNTS[split]
     order = np.random.default_rng([number, 0]).permutation(count)  # where each drawn image goes

@@ -1,6 +1,7 @@
 """The rules of the house that a reader relies on: who imports whom, how large things are, names that are unique."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,3 +72,21 @@ def test_names_at_the_top_of_files_are_unique():
 
 def test_nothing_reads_its_own_path():
     assert not [path for path in FILES if "__file__" in path.read_text()]
+
+
+def test_files_and_functions_are_short():
+    assert not [str(path) for path in FILES if len(path.read_text().splitlines()) > 250]
+    long = [
+        (str(path), node.name) for path in FILES for node in definitions(path) if node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert not long
+
+
+def test_the_top_is_commands_and_four_files_and_a_run_enters_few():
+    """At the top 17 files at most; from train_vit.py's command line to its result 30 modules and 3,600 lines."""
+    assert len([path for path in FILES if len(path.parts) == 1]) <= 17
+    code = "import sys, train_vit; from models import build_model; build_model('vit'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    entered = [path for path in FILES if ".".join(path.with_suffix("").parts).removesuffix(".__init__") in loaded]
+    assert len(entered) <= 30, entered
+    assert sum(len(path.read_text().splitlines()) for path in entered) <= 3600

@@ -127,8 +127,8 @@ def test_evaluation_where_the_object_is_not_known(run):
 
 
 def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(run, monkeypatch):
-    monkeypatch.setattr("maps.record.evaluate", lambda *args, **options: torch.empty(2**60))
-    with pytest.raises(UserError, match="--batch-size 4 does not fit into memory; a smaller one may"):
+    monkeypatch.setattr("maps.commands.evaluate", lambda *args, **options: torch.empty(2**60))
+    with pytest.raises(UserError, match="--batch-size 4 does not fit into memory; try a smaller one"):
         script.main([str(run), "--evaluate", "--batch-size", "4"])
 
 
@@ -152,14 +152,14 @@ def test_mistakes_are_named(run, tmp_path):
         ("--which", "best"): "there is no checkpoint",
         ("--method", "guess"): "invalid choice: 'guess'",
         ("--image", str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "1.png")): "several files are named 1",
-        ("--dpi", "1"): "must be from 20 to 1200, not 1",
+        ("--dpi", "1"): "must be at least 20 and at most 1200, not 1",
         ("--discard-ratio", "1"): "must be at least 0 and below 1",
         ("--device", "abacus"): "--device abacus",
     }.items():
         with pytest.raises(UserError) as error:
             script.main([str(run), *flags])
         assert message in str(error.value)
-    with pytest.raises(UserError, match="--which best is for a run's folder"):
+    with pytest.raises(UserError, match="--which best needs a run's folder"):
         script.main([str(run / "last.pt"), "--which", "best"])
 
 

@@ -74,7 +74,7 @@ def test_weights_of_the_authors_are_taken(cct_flags, tmp_path, capsys):
     path = tmp_path / "cct_2_3x2_32.pth"
     torch.save(published_weights("cct_2_3x2", tokens=64, classes=10), path)
     result = train_cct.main([*cct_flags, "--init-from", str(path), "--lr", "1e-12"])
-    assert "without head.weight, head.bias" in capsys.readouterr().out and result["init_from"] == path.name
+    assert "left out: head.weight, head.bias" in capsys.readouterr().out and result["init_from"] == path.name
     weights = torch.load(tmp_path / "runs" / "cct_2_3x2" / "last.pt", weights_only=True)["weights"]
     expected = torch.load(path, weights_only=True)["classifier.blocks.1.linear1.weight"]
     torch.testing.assert_close(weights["blocks.1.mlp.0.weight"], expected)
@@ -91,7 +91,7 @@ def test_weights_of_the_authors_are_taken(cct_flags, tmp_path, capsys):
         (["--smoothing", "1"], "--smoothing: must be at least 0 and below 1, not 1"),
         (["--drop-path", "-0.1"], "--drop-path: must be at least 0 and below 1, not -0.1"),
         (["--aa", "imagenet"], "--aa: invalid choice: 'imagenet'"),
-        (["--fill", "256"], "--fill: must be from 0 to 255, not 256"),
+        (["--fill", "256"], "--fill: must be at least 0 and at most 255, not 256"),
         (["--attention", "none"], "--attention: invalid choice: 'none'"),
         (
             ["--model", "cct_nano", "--positional-embedding", "sine"],
@@ -99,7 +99,7 @@ def test_weights_of_the_authors_are_taken(cct_flags, tmp_path, capsys):
         ),
         (["--model", "cct_nano", "--init-from", "x.pth"], "there are no published weights of cct_nano"),
         (["--image-size", "4"], "--image-size 4 is too small"),
-        (["--model", "vit_lite_6_4", "--image-size", "18"], "--image-size 18: patches of 4 pixels do not divide it"),
+        (["--model", "vit_lite_6_4", "--image-size", "18"], "--image-size 18: must be a multiple of 4"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, cct_flags):
@@ -110,6 +110,6 @@ def test_mistakes_are_one_line(flags, message, cct_flags):
 def test_the_reports_small_vit(folder_flags):
     """8 layers of 64, 4 heads, patches of 6 that do not divide 32 pixels."""
     small = ["--depth", "8", "--embed-dim", "64", "--num-heads", "4", "--patch-size", "6"]
-    with pytest.raises(UserError, match="--image-size 32 is not divisible by --patch-size 6: 30 or 36 would be; --pad"):
+    with pytest.raises(UserError, match="--image-size 32 is not divisible by --patch-size 6: use 30 or 36, or --pad"):
         train_vit.main([*folder_flags, *small])
     assert train_vit.main([*folder_flags, *small, "--pad", "--epochs", "1"])["args"]["pad"]

@@ -32,7 +32,7 @@ def test_a_block_after_a_trained_trunk_that_is_frozen(resnet_flags, tmp_path, ca
     result = train_resnet_attn.main([*flags, "--init-from", str(trunk)])
     assert result["init_from"] == "resnet18" and result["trained_params"] < result["params"] / 2
     out = capsys.readouterr().out
-    assert f"the trunk is that of {trunk}; left there: fc.weight, fc.bias" in out
+    assert f"the trunk is that of {trunk}; left out: fc.weight, fc.bias" in out
     before, after = weights_of(trunk), weights_of(then)
     assert all(torch.equal(before[name], after[name]) for name in trunk_names(before))
     assert after["attention.gamma"] != 0 and not torch.equal(before["fc.weight"], after["fc.weight"])
@@ -99,11 +99,11 @@ def test_strong_is_light_in_short_runs_and_has_crops_for_large_images():
     [
         (["--freeze", "trunk"], "--freeze trunk needs a trained trunk: --init-from RUN or --pretrained"),
         (["--attention", "graph", "--attention-after", "layer5"], "--attention-after: invalid choice: 'layer5'"),
-        (["--attention", "graph", "--stem", "imagenet"], "nothing to attend to, the feature map of 1 x 1"),
+        (["--attention", "graph", "--stem", "imagenet"], "the feature map of 1 x 1 is a single node"),
         (["--attention", "graph", "--patch-size", "8"], "--patch-size 8 does not divide the feature map of 4 x 4"),
-        (["--attention", "graph", "--symmetric"], "--symmetric is for simple"),
+        (["--attention", "graph", "--symmetric"], "--symmetric requires --attention simple"),
         (["--stem-widths", "8", "8", "8"], "--stem-widths: resnet18 does not take it"),
-        (["--pretrained"], "--pretrained: the weights are of --width 64, not 4"),
+        (["--pretrained"], "--pretrained: the weights require --width 64, not 4"),
         (["--pretrained", "--init-from", "nowhere"], "--init-from and --pretrained exclude each other"),
         (["--init-from", "nowhere"], "there is no checkpoint nowhere"),
     ],
@@ -121,5 +121,5 @@ def test_there_are_no_weights_of_imagenet_for_an_xresnet():
 def test_another_trunk_is_refused_by_the_layers_that_differ(resnet_flags, tmp_path):
     train_resnet_attn.main(resnet_flags)
     flags = [*resnet_flags, "--init-from", str(tmp_path / "runs" / "resnet18")]
-    with pytest.raises(UserError, match=r"another trunk, it differs in conv1.weight \(\(4, 3, 3, 3\) there, \(8, 3"):
+    with pytest.raises(UserError, match=r"do not fit the model: conv1.weight \(\(4, 3, 3, 3\) in the file, \(8, 3"):
         train_resnet_attn.main([*flags, "--width", "8"])

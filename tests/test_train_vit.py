@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from conftest import REPOSITORY, error_line, run_train_vit, same_weights, write_
 from PIL import Image
 
 import models.vit
+import train_cct
+import train_resnet_attn
 import train_vit
 from errors import UserError
 from models import build_model
@@ -102,11 +105,11 @@ def stop_after(monkeypatch, steps, action):
     """Lets `action` happen after so many steps of training, counted over all epochs."""
     original, counted = Watch.__call__, []
 
-    def call(watch, steps_done, sums):
-        counted.append(steps_done)
+    def call(watch, sums):
+        counted.append(sums["step"])
         if len(counted) == steps:
             action()
-        return original(watch, steps_done, sums)
+        return original(watch, sums)
 
     monkeypatch.setattr(Watch, "__call__", call)
 
@@ -144,9 +147,9 @@ def test_resume_auto_starts_goes_on_and_knows_when_it_is_done(folder_flags, tmp_
 def test_minutes_stop_it_without_an_error(folder_flags, capsys):
     assert train_vit.main([*folder_flags, "--minutes", "0.000001"]) is None
     out = capsys.readouterr().out
-    assert "stopped in epoch 1 after step 1; go on: python train_vit.py --resume" in out
+    assert "stopped in epoch 1 after step 1; to resume: python train_vit.py --resume" in out
     run = out.split("--resume ")[1].strip()
-    assert train_vit.main(["--resume", run])["epochs"] == 2  # the limit was that of one sitting
+    assert train_vit.main(["--resume", run])["epochs"] == 2  # the limit was that of one start
 
 
 def test_patience_ends_a_run_that_does_not_get_better(folder_flags, tmp_path):
@@ -221,12 +224,12 @@ def kill_and_resume(tmp_path, *, kills, flags, seconds):
     """Two runs with the same flags: one left alone, one killed with -9 at random moments and resumed; their last.pt."""
     command = [sys.executable, "train_vit.py", "--out-dir", str(tmp_path), "--save-minutes", "0.01", *flags]
     subprocess.run([*command, "--run-name", "alone"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    chance = random.Random(0)
+    moments = random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen(
             [*command, "--run-name", "killed", "--resume", "auto"], cwd=REPOSITORY, stdout=subprocess.DEVNULL
         )
-        time.sleep(chance.uniform(*seconds))
+        time.sleep(moments.uniform(*seconds))
         process.kill()
         assert process.wait() == -signal.SIGKILL  # it was still running
     subprocess.run(
@@ -255,7 +258,7 @@ BAD_FLAGS = {
     "--batch-size: must be at least 1, not 0": ["--batch-size", "0"],
     "--lr: must be above 0, not nan": ["--lr", "nan"],
     "--val-fraction: must be at least 0 and below 1, not 1": ["--val-fraction", "1"],
-    "--image-size 30 is not divisible by --patch-size 4: 28 or 32 would be; --pad": ["--image-size", "30"],
+    "--image-size 30 is not divisible by --patch-size 4: use 28 or 32, or --pad": ["--image-size", "30"],
     "--embed-dim 250 is not divisible by --num-heads 8": ["--embed-dim", "250"],
     "--scale 0.9 0.5: the first must not be above": ["--scale", "0.9", "0.5"],
     "--dataset folder needs --data-dir": ["--dataset", "folder"],
@@ -299,7 +302,7 @@ def test_resuming_another_run_names_what_differs(folder_flags, tmp_path, monkeyp
         train_vit.main(["--resume", str(run), "--depth", "3", "--lr", "0.1"])
     checkpoint = torch.load(run / "last.pt")
     torch.save(checkpoint | {"model": "cct_6_3x1"}, run / "last.pt")
-    with pytest.raises(UserError, match="the model there is cct_6_3x1"):
+    with pytest.raises(UserError, match="train_vit.py does not train the model there, cct_6_3x1"):
         train_vit.main(["--resume", str(run)])
     (run / "last.pt").write_bytes(before)
     write_images(tmp_path / "pets", classes=("dodo",), count=20)
@@ -363,9 +366,57 @@ def test_summary_of_torchvisions_vit_counts_its_attention(capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["85,806,346", "17,563,067,904"]
 
 
-def test_help_names_every_flag_that_design_promises(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train_vit.main(["--help"])
+def test_help_all_names_every_flag_that_design_promises(capsys):
+    assert train_vit.main(["--help-all"]) is None
     text = capsys.readouterr().out
     promised = "dataset data-dir run-name out-dir resume overwrite val-fraction split-seed save-epochs save-minutes"
-    assert stopped.value.code == 0 and all(f"--{name}" in text for name in (promised + " minutes patience").split())
+    assert all(f"--{name}" in text for name in (promised + " minutes patience").split())
+
+
+@pytest.mark.parametrize("script", [train_vit, train_cct, train_resnet_attn])
+def test_help_is_one_screen_with_the_defaults_of_the_recipe(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    script.main(["--help"])
+    text = capsys.readouterr().out
+    flags = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M)) - {"--help", "--help-all"}
+    assert 10 < len(flags) <= 25 and len(text.splitlines()) <= 60
+    assert "--weight-decay" not in text and "more flags: --help-all" in text
+    script.main(["--help", "--dataset", "shapes", "--lr", "0.5"])
+    shapes = capsys.readouterr().out
+    epochs = script.RECIPES["quick"]["epochs"]
+    assert re.search(rf"--epochs .*?\(default: {epochs}\)", shapes, re.S) and f"(default: {epochs})" not in text
+    for recipe in script.RECIPES:
+        assert recipe in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--warmup-epochs", "2"], "--warmup-epochs has no effect here: it needs --sched cosine"),
+        (["--sched", "cosine", "--gamma", "0.2"], "--gamma has no effect here: it needs --sched multistep"),
+        (["--momentum", "0.8"], "--momentum has no effect here: it needs --opt sgd"),
+        (["--opt", "sgd", "--sched", "onecycle", "--momentum", "0.8"], "--momentum has no effect here"),
+        (["--opt", "muon", "--opt-eps", "1e-6"], "--opt-eps has no effect here: it needs --opt adam or adamw"),
+        (["--fill", "9"], "--fill has no effect here: it needs --aa or --rotate"),
+        (
+            ["--attention", "identity", "--num-heads", "2"],
+            "--num-heads has no effect here: it needs an --attention with",
+        ),
+        (["--test-fraction", "0.3"], "--test-fraction has no effect here: it needs --dataset folder"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, needed, tmp_path):
+    with pytest.raises(UserError, match=needed):
+        train_vit.main([*flags, "--out-dir", str(tmp_path)])
+
+
+def test_a_checkpoint_from_before_a_flag_existed_resumes(folder_flags, tmp_path):
+    train_vit.main([*folder_flags, "--minutes", "0.000001"])
+    path = tmp_path / "runs/vit/last.pt"
+    checkpoint = torch.load(path)
+    for name in ("reprob", "cutout", "model_ema_decay", "profile"):
+        del checkpoint["args"][name]
+    checkpoint["sums"]["pictures"] = checkpoint["sums"].pop("images")
+    del checkpoint["sums"]["step"]
+    torch.save(checkpoint, path)
+    assert train_vit.main(["--resume", str(path.parent)])["epochs"] == 2

@@ -15,10 +15,10 @@ FORMAT_VERSION = 1
 
 
 def make_checkpoint(run):
-    """What a run is at one moment (see training/run.py), as a dict of tensors and plain Python types."""
+    """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types."""
     return {
         "format_version": FORMAT_VERSION,
-        "model": run.model_name,
+        "model": run.args.model,
         "model_args": run.model_args,
         "classes": list(run.dataset.classes),
         "image_size": run.args.image_size,
@@ -27,12 +27,12 @@ def make_checkpoint(run):
         "weights": run.model.state_dict(),
         "ema": run.average.module.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(),
-        # without the milestones, which follow from the arguments and are no plain type
+        # without the milestones: they follow from the arguments, and are no plain type
         "schedule": {name: value for name, value in run.schedule.state_dict().items() if name != "milestones"},
         "scaler": run.precision.scaler.state_dict(),
         "seed": run.args.seed,
         "epoch": run.epoch,
-        "step": run.step,
+        "step": run.sums["step"],
         "sums": run.sums,
         "history": run.history,
         "args": vars(run.args),
@@ -40,7 +40,7 @@ def make_checkpoint(run):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint to path; a last.pt that is there already becomes last.prev.pt."""
+    """Write a checkpoint to path; an existing last.pt becomes last.prev.pt."""
     path = Path(path)
 
     def write(file):
@@ -55,10 +55,10 @@ def save_checkpoint(path, checkpoint):
 
 
 def open_checkpoint(path, device="cpu"):
-    """The checkpoint in one file. Raises UserError where it is damaged, or holds more than tensors and plain types."""
+    """The checkpoint in a file. Raises UserError if it is damaged, or holds more than tensors and plain types."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the zip's checksums
+            damaged = archive.testzip()  # torch.load does not check the zip's checksums
         if damaged:
             raise UserError(f"{path} is damaged (checksum of {damaged})")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -71,18 +71,18 @@ def open_checkpoint(path, device="cpu"):
             f"{path} is no checkpoint of this project: it holds more than tensors and plain types"
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is no checkpoint of this project, or of another version of it")
+        raise UserError(f"{path} is no checkpoint of this project, or one of another version of it")
     return checkpoint
 
 
 def open_weights(path):
-    """The state dict in a file that another program saved. Raises UserError where there is none."""
+    """The state dict in a file that another program saved. Raises UserError if there is none."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"--init-from {path}: cannot be read as weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise UserError(f"--init-from {path}: holds no state dict, a tensor for each name")
+        raise UserError(f"--init-from {path} holds no state dict (a tensor for each name)")
     return weights
 
 
@@ -91,10 +91,10 @@ def first_line(error):
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
-    """The checkpoint of a run's folder (its last.pt, or WHICH.pt), or in a file; says file, epoch and accuracy.
+    """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
-    A last.pt that is missing or damaged is replaced by last.prev.pt, with a warning on stderr that names both.
-    Raises UserError where neither can be read.
+    If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
+    Raises UserError if neither can be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,7 +106,7 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         if path.name != "last.pt" or not previous.exists():
             raise
         checkpoint = open_checkpoint(previous, device)
-        print(f"warning: {error}: going on from {previous}", file=sys.stderr)
+        print(f"warning: {error}: using {previous}", file=sys.stderr)
         path = previous
     history = checkpoint["history"]
     accuracies = [
@@ -121,30 +121,19 @@ def load_checkpoint(path, *, which="last", device="cpu"):
 
 
 def evaluated_weights(checkpoint):
-    """The weights that a checkpoint's accuracies are of: averaged ones where there are any."""
+    """The weights that a checkpoint's accuracies belong to: the averaged ones if there are any."""
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def weights_alone(checkpoint):
-    """What is kept of a finished run's checkpoint: all but what only going on with it would need."""
-    return checkpoint | {
-        "weights": evaluated_weights(checkpoint),
-        "ema": None,
-        "optimizer": {},
-        "schedule": {},
-        "scaler": {},
-    }
-
-
 def rebuild_model(checkpoint, build_model):
-    """The model of a checkpoint as it was judged, in evaluation mode; build_model(name, **model_args) makes it."""
+    """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it."""
     model = build_model(checkpoint["model"], **checkpoint["model_args"])
     model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
 
 def check_same_images(checkpoint, dataset):
-    """Raises UserError where a dataset is not the one that the checkpoint was trained on."""
+    """Raises UserError if a dataset is not the one that the checkpoint was trained on."""
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
@@ -156,15 +145,17 @@ def check_same_images(checkpoint, dataset):
 
 
 def restore_training(checkpoint, run):
-    """Put a run's weights, optimiser, schedule, scaler and place back to where the checkpoint left them."""
+    """Restore a run's weights, optimiser, schedule, scaler and position from a checkpoint."""
     run.model.load_state_dict(checkpoint["weights"])
     if run.average:
         run.average.module.load_state_dict(checkpoint["ema"])
-        run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # all that counts is whether it is 0
+        run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # only whether it is 0 matters
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.schedule.load_state_dict(checkpoint["schedule"])
     if checkpoint["scaler"]:
         run.precision.scaler.load_state_dict(checkpoint["scaler"])
-    run.epoch, run.step, run.history = checkpoint["epoch"], checkpoint["step"], checkpoint["history"]
+    run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
     for name, value in checkpoint["sums"].items():
+        name = "images" if name == "pictures" else name  # as older versions called it
         run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
+    run.sums["step"] = checkpoint["step"]

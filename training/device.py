@@ -1,4 +1,4 @@
-"""The device, the precision that it computes in, and what it calls itself."""
+"""The device: its precision, its name, its memory, and torch.compile on it."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ from errors import UserError
 
 
 def pick_device(name=None):
-    """torch.device of that name; without one, cuda, then mps, then cpu. Raises UserError where there is none such."""
+    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
     available = [
         kind
         for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
@@ -25,10 +25,10 @@ def pick_device(name=None):
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; here there is {', '.join(available)}") from error
+        raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
-            f"--device {name}: this machine, or this build of torch, has none; here there is {', '.join(available)}"
+            f"--device {name}: this machine, or this build of torch, has none; available: {', '.join(available)}"
         )
     if device.type == "cuda":
         check_kernels(device)
@@ -48,13 +48,13 @@ def check_kernels(device):
             return
     name = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
     raise UserError(
-        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; --device cpu goes, or an"
-        " older torch"
+        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; use --device cpu or"
+        " an older torch"
     )
 
 
 def has_bfloat16(device):
-    """Whether the device multiplies bfloat16 matrices itself, rather than by emulation (as a T4, which says yes)."""
+    """Whether the device multiplies bfloat16 matrices itself; a T4 only emulates it, though torch says yes."""
     if device.type == "cuda":
         return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -67,8 +67,8 @@ def has_bfloat16(device):
 def onednn_keeps_float32():
     """Whether oneDNN, allowed to use bfloat16 within a product of float32 matrices, keeps to float32 on this CPU.
 
-    torch has MKL multiply, which takes twice as long on an AMD Zen 5; this permission is the one way to oneDNN, which
-    makes use of it where there is AMX. Three products, of the layouts that a linear layer needs, tell.
+    By default torch multiplies by MKL, which takes twice as long on an AMD Zen 5. This permission is the only way to
+    oneDNN, which really uses bfloat16 on CPUs with AMX. Three products, in the layouts of a linear layer, tell.
     """
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
@@ -85,8 +85,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 def keep_freed_memory(*, block=2**30, most=2**31 - 1):
     """Let the C library (glibc) keep freed blocks of up to `block` bytes, `most` in all, for the next step.
 
-    It would give blocks above 32 MiB back in every step and get them anew, page by page: on two Zen 5 cores a step of
-    CCT-6/3x1 took a third longer so, with as much memory at its peak. Other C libraries are left alone.
+    Otherwise it returns blocks above 32 MiB to the system in every step and gets them again, page by page: on two Zen 5
+    cores a step of CCT-6/3x1 then took a third longer, at the same peak memory. Other C libraries are left alone.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
@@ -97,8 +97,8 @@ def keep_freed_memory(*, block=2**30, most=2**31 - 1):
 class Precision:
     """Mixed precision on one device: `autocast()` for the forward pass, `scaler` for the backward pass.
 
-    amp is "auto" (bf16 where the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32; its
-    products on a GPU are in TF32).
+    amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32; on a GPU
+    its matrix products are in TF32).
     Raises UserError for bf16 on a device without it.
     """
 
@@ -106,11 +106,10 @@ class Precision:
         if amp == "auto":
             amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
         elif amp == "bf16" and not has_bfloat16(device):
-            raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; --amp auto takes what it has")
-        self.amp = amp
-        self.device_type = device.type
+            raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; use --amp auto")
+        self.amp, self.device = amp, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        if device.type == "cuda":  # as convolutions have it; fp32_precision, which is newer, would make this unreadable
+        if device.type == "cuda":  # as for convolutions; after the newer fp32_precision this could not be read
             torch.backends.cuda.matmul.allow_tf32 = True
         if device.type == "cpu":
             keep_freed_memory()
@@ -119,7 +118,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self):
-        return torch.autocast(self.device_type, self.dtype, enabled=self.amp != "off")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.amp != "off")
 
 
 def device_name(device):
@@ -132,10 +131,10 @@ def device_name(device):
 
 
 def peak_memory_bytes(device):
-    """The most memory held so far: on the GPU, or by the process; None where the system does not tell."""
+    """The most memory held so far: on the GPU, or by the process; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # on Linux, where ru_maxrss may be that of the process that started this one
+    status = Path("/proc/self/status")  # on Linux: ru_maxrss may be that of the parent process
     if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return 1024 * int(match[1])
     try:
@@ -146,16 +145,16 @@ def peak_memory_bytes(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-LONG = 1_000_000  # images to train on in all from which --compile auto compiles for a GPU
+LONG = 1_000_000  # --compile auto compiles for a GPU from this many training images on, over all epochs
 
 
 def compiled_forward(model, args, *, device, num_images):
-    """What to call in training: model, or on the same weights what torch.compile makes of it, as --compile says.
+    """What to call in training: the model, or the compiled model on the same weights, as --compile says.
 
-    auto compiles on CUDA alone, with CUDA graphs, and only for long runs of num_images an epoch: compiling takes a
-    minute or more. On two Zen 5 cores it took four minutes for a ResNet18, whose steps then took an eighth longer.
-    Batches of another size than --batch-size, the last of an epoch, go through the model as it is. Where nothing can
-    be compiled that is said in one line.
+    auto compiles on CUDA alone, with CUDA graphs, and only for long runs (num_images is per epoch): compiling takes a
+    minute or more. On two Zen 5 cores it took four minutes for a ResNet18, whose steps then took an eighth longer. A
+    batch of another size than --batch-size, the last of an epoch, goes through the model itself. If nothing can be
+    compiled, one line says so.
     """
     long_run = device.type == "cuda" and args.epochs * num_images >= LONG
     if args.compile == "off" or (args.compile == "auto" and not long_run):
@@ -164,7 +163,7 @@ def compiled_forward(model, args, *, device, num_images):
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(f"warning: --compile {args.compile}: {reason}; going on without it", file=sys.stderr)
+        print(f"warning: --compile {args.compile}: {reason}; training without it", file=sys.stderr)
         return model
     compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
@@ -175,13 +174,13 @@ def compiled_forward(model, args, *, device, num_images):
 
 
 def is_memory_error(error):
-    """Whether an exception says that memory is used up: a GPU's, or the host's."""
+    """Whether an exception says that the memory of a GPU or of the host is used up."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
 def memory_watched(run):
-    """A context in which used up memory is a UserError (see memory_error)."""
+    """A context in which running out of memory is a UserError (see memory_error)."""
     try:
         yield
     except Exception as error:
@@ -197,17 +196,17 @@ def memory_error(error, run):
     if run.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(run.device)
         took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
-        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and wanted more"
+        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
         with contextlib.suppress(torch.OutOfMemoryError):
             if size := largest_batch(run):
                 fits = f"; {size} should fit"
-    kept = f"; {run.folder}/last.pt is from before" if (run.folder / "last.pt").exists() else ""
+    kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
     return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{kept}")
 
 
 def largest_batch(run):
-    """The largest power of two that should fit, from what a forward and backward pass on eight images takes; 0 where
-    the weights alone take all there is."""
+    """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
+    weights alone fill the memory."""
     device, size = run.device, run.args.image_size
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()
@@ -215,10 +214,10 @@ def largest_batch(run):
     torch.cuda.reset_peak_memory_stats(device)
     with run.precision.autocast():
         run.model(torch.zeros(8, 3, size, size, device=device)).sum().backward()
-    a_image = (torch.cuda.max_memory_allocated(device) - held) / 8
+    per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and what the optimiser may not have yet
-    most = max(0, int(0.9 * room / a_image))
+    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and state that the optimiser may not have yet
+    most = max(0, int(0.9 * room / per_image))
     return 2 ** (most.bit_length() - 1) if most else 0

@@ -1,15 +1,16 @@
-"""What happens between two steps: the progress bar, saving by the clock, and stopping when asked to."""
+"""What happens between two steps: the progress bar, saving by the clock, stopping when asked to, and profiling."""
 
 import signal
 import sys
 import threading
 import time
 
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
-from errors import UserError
-from training.loop import means
-from training.profiling import StepProfiler
+from errors import UserError, bar_disabled
+from training.loop import loss_and_accuracy
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,10 +22,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Ctrl-C, SIGTERM and a limit in minutes, as a context manager: `wanted()` says whether to stop after this step.
+    """Ctrl-C, SIGTERM and a limit in minutes, as a context manager: `wanted()` tells whether to stop after this step.
 
-    The minutes count from now, or from `since`, a time of time.monotonic(). A second signal acts as if this were not
-    here. Leaving puts the signal handlers back.
+    The minutes count from now, or from `since`, a time of time.monotonic(). A second signal acts as it would without
+    this. Leaving restores the signal handlers.
     """
 
     def __init__(self, minutes=None, *, since=None):
@@ -33,7 +34,7 @@ class StopRequests:
         self.handlers = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[signum] = signal.signal(signum, self.note)
         return self
@@ -47,7 +48,7 @@ class StopRequests:
         self.__exit__()
 
     def end(self):
-        """Raises Interrupted where a signal asked for the stop."""
+        """Raises Interrupted if a signal asked for the stop."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
@@ -55,13 +56,51 @@ class StopRequests:
         return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
-class Watch:
-    """What train_one_epoch calls after each step of one epoch: `watch(steps_done, sums)`; True asks it to stop.
+WAIT, MEASURED = 5, 10  # steps
 
-    It keeps the run's place and time; a few times a second it reads the sums from the device and shows them in a bar;
-    every --save-minutes it saves; with --profile it profiles the first epoch. Raises UserError, with the epoch, the
-    step and the learning rate, when the loss was not finite: at the next refresh, at the latest when the epoch ends,
-    and before anything is saved.
+
+class StepProfiler:
+    """A torch.profiler that skips the first WAIT steps and measures the MEASURED ones after them.
+
+    A trace for Perfetto or chrome://tracing goes to trace.json.gz in the folder, ten lines to the screen. step() is
+    called after each step, close() at the end.
+    """
+
+    def __init__(self, folder, device):
+        self.path, self.device, self.done = folder / "trace.json.gz", device, False
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        plan = schedule(wait=WAIT - 2, warmup=2, active=MEASURED, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.write)
+        self.profiler.start()
+        self.step = self.profiler.step
+
+    def write(self, profiler):
+        profiler.export_chrome_trace(str(self.path))
+        where = "device" if self.device.type == "cuda" else "cpu"
+        rows = profiler.key_averages()
+        if where == "device":  # the kernels alone: their callers' rows hold the same time again
+            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+        times = {row.key: (getattr(row, f"self_{where}_time_total"), row.count) for row in rows}
+        total = sum(spent for spent, _ in times.values())
+        print(f"{MEASURED} steps of {total / MEASURED / 1e3:.1f} ms on the {where}; the trace is in {self.path}")
+        for name, (spent, count) in sorted(times.items(), key=lambda item: -item[1][0])[:10]:
+            share, milliseconds, calls = spent / total, spent / MEASURED / 1e3, count / MEASURED
+            name = "outside of operations" if name.startswith("ProfilerStep") else name
+            print(f"{share:6.1%} {milliseconds:9.2f} ms per step {calls:7.1f} calls  {name[:70]}")
+        self.done = True
+
+    def close(self):
+        self.profiler.stop()
+        if not self.done:
+            print(f"warning: --profile needs {WAIT + MEASURED} steps in an epoch; no trace", file=sys.stderr)
+
+
+class Watch:
+    """What train_one_epoch calls after each step of one epoch: `watch(sums)`; True asks it to stop.
+
+    A few times per second it reads the sums from the device and shows them in a bar. Every --save-minutes it saves.
+    With --profile it profiles the first epoch. Raises UserError, with the epoch, the step and the learning rate, if the
+    loss was not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
     """
 
     REFRESH_SECONDS = 0.4
@@ -73,10 +112,10 @@ class Watch:
         self.last_step = self.last_refresh = self.last_save = time.monotonic()
         self.bar = tqdm(
             total=steps_per_epoch,
-            initial=run.step,
+            initial=run.sums["step"],
             desc=f"epoch {run.epoch + 1}/{run.args.epochs}",
             leave=False,
-            disable=None if "ipykernel" not in sys.modules else False,  # None: no bar where stderr is no terminal
+            disable=bar_disabled(),
         )
 
     def __enter__(self):
@@ -86,14 +125,15 @@ class Watch:
         self.bar.close()
         if self.profiler:
             self.profiler.close()
-        if kind is None and self.run.step:
+        if kind is None and self.run.sums["step"]:
             self.refresh(self.run.sums)
-            self.run.sums["seconds"] += time.monotonic() - self.last_step
+            self.run.trained_at = time.monotonic()
+            self.run.sums["seconds"] += self.run.trained_at - self.last_step
 
-    def __call__(self, steps_done, sums):
+    def __call__(self, sums):
         now = time.monotonic()
         sums["seconds"] += now - self.last_step
-        self.run.step, self.last_step = steps_done, now
+        self.last_step = now
         if self.profiler:
             self.profiler.step()
         if now - self.last_refresh > self.REFRESH_SECONDS:
@@ -106,13 +146,13 @@ class Watch:
         return self.stop.wanted()
 
     def refresh(self, sums):
-        """Wait for the device, and show or raise what it says."""
+        """Wait for the device; update the bar, or raise if the loss was not finite."""
         bad_step = sums["bad_step"].item()
         if bad_step >= 0:
             raise UserError(
                 f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{sums['bad_lr'].item():.3g}; the checkpoints are from before; a lower --lr or --clip-grad 1 may help"
+                f"{sums['bad_lr'].item():.3g}; the checkpoints hold earlier weights; try a lower --lr or --clip-grad 1"
             )
-        loss, accuracy = means(sums)
+        loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {accuracy:.1%}", refresh=False)
-        self.bar.update(self.run.step - self.bar.n)
+        self.bar.update(sums["step"] - self.bar.n)

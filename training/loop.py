@@ -1,4 +1,4 @@
-"""The hand-written loops: one epoch of training, and one pass over images to judge a model."""
+"""The hand-written loops: one epoch of training, and one pass over images that evaluates a model."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -8,21 +8,25 @@ from seeding import seed_for
 
 
 def new_sums(device):
-    """What an epoch adds up: on the device the loss over images, the correct ones, and the first step whose loss is
-    not finite, with its learning rate; on the host the images, the seconds, and the last step's learning rate."""
+    """What an epoch adds up, from its first step.
+
+    On the device: the loss summed over images, the number of correct ones, and the first step whose loss is not finite,
+    with its learning rate. On the host: steps, images, seconds, and the last step's learning rate.
+    """
     return {
         "loss": torch.zeros((), device=device),
         "correct": torch.zeros((), dtype=torch.int64, device=device),
         "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
         "bad_lr": torch.zeros((), device=device),
+        "step": 0,
         "images": 0,
         "seconds": 0.0,
         "lr": 0.0,
     }
 
 
-def means(sums):
-    """(loss, accuracy) per image, as floats: waits for the device."""
+def loss_and_accuracy(sums):
+    """The means per image, as floats: waits for the device."""
     return sums["loss"].item() / sums["images"], sums["correct"].item() / sums["images"]
 
 
@@ -37,28 +41,26 @@ def train_one_epoch(
     precision,
     seed,
     epoch,
-    start_step=0,
     sums,
     clip_grad=None,
     average=None,
     after_step,
 ):
-    """Train from start_step to the end of an epoch (counted from 0), adding to sums (see new_sums).
+    """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
-    forward(images) gives the logits where the model itself is not to be called (see training/compiling.py).
-    loss_function(logits, labels) gives the mean over the batch. average is an AveragedModel of torch's, which follows
-    each update of the weights. after_step(steps done in this epoch, sums) is called after each step, and ends the epoch
-    early by returning True. Nothing here waits for the device, but an average and, in float16, Muon do. Returns the
-    number of steps done in this epoch.
+    forward(images) gives the logits, in place of the model itself, if it is compiled (see compiled_forward).
+    loss_function(logits, labels) gives the mean over the batch. average is torch's AveragedModel; it follows each
+    update of the weights. after_step(sums) is called after each step, and ends the epoch early by returning True.
+    Nothing here waits for the device, except an average and, in float16, Muon.
     """
     model.train()
+    forward = forward or model
     scaler = precision.scaler
-    step = start_step
-    for images, labels in batches.batches(epoch, start_step):
-        torch.manual_seed(seed_for("dropout", seed, epoch, step))
+    for images, labels in batches.batches(epoch, sums["step"]):  # (B, 3, H, W); (B,), or (B, classes) if mixed
+        torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"]))
         with precision.autocast():
-            logits = (model if forward is None else forward)(images)
-            loss = loss_function(logits, labels)
+            logits = forward(images)  # (B, classes)
+            loss = loss_function(logits, labels)  # ()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if clip_grad:
@@ -68,26 +70,28 @@ def train_one_epoch(
         scaler.update()
         if average:
             average.update_parameters(model)
-
-        loss = loss.detach()
-        sums["loss"] += loss * len(labels)
-        hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed images: the larger share
-        sums["correct"] += (logits.argmax(1) == hard_labels).sum()
-        sums["images"] += len(labels)
-        first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
-        sums["bad_step"] = torch.where(first_bad, step, sums["bad_step"])
-        sums["lr"] = schedule.get_last_lr()[0]
-        sums["bad_lr"] = torch.where(first_bad, sums["lr"], sums["bad_lr"])
+        add_step(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
         schedule.step()
-        step += 1
-        if after_step(step, sums):
+        if after_step(sums):
             break
-    return step
+
+
+def add_step(sums, loss, logits, labels, *, lr):
+    """Add one step to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
+    sums["loss"] += loss * len(labels)
+    hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
+    sums["correct"] += (logits.argmax(1) == hard_labels).sum()
+    sums["images"] += len(labels)
+    first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
+    sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
+    sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
+    sums["lr"] = lr
+    sums["step"] += 1
 
 
 @torch.inference_mode()
 def validate(*, model, batches, precision):
-    """(loss, accuracy, logits): cross entropy and accuracy per image, logits (N, classes) float32 on the device.
+    """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
 
     The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
     """
@@ -95,13 +99,13 @@ def validate(*, model, batches, precision):
     model.eval()
     sums = new_sums(batches.device)
     outputs = []
-    for images, labels in batches.batches():
+    for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
         with precision.autocast():
-            logits = model(images)
+            logits = model(images)  # (B, classes)
         logits = logits.float()
         sums["loss"] += cross_entropy(logits, labels, reduction="sum")
         sums["correct"] += (logits.argmax(1) == labels).sum()
         sums["images"] += len(labels)
         outputs.append(logits)
     model.train(training)
-    return *means(sums), torch.cat(outputs)
+    return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)

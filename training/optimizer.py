@@ -1,4 +1,4 @@
-"""The optimisers, which parameters their weight decay leaves alone, and the average of the weights."""
+"""Optimisers, learning-rate schedules (stepped once per optimiser step), and the average of the weights."""
 
 import math
 from functools import partial
@@ -12,11 +12,10 @@ from errors import UserError
 
 
 def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
-    """Two groups for an optimiser: with weight decay, and without; leave_out are parameters for another optimiser, and
-    those that are not trained have no place in either.
+    """Two groups of the trained parameters for an optimiser: with weight decay, and without.
 
-    Unless decay_all, vectors (biases, norms) and what model.no_weight_decay names are left out, as is usual since
-    Vaswani et al.'s code; the report's own run decays everything.
+    leave_out are parameters of another optimiser. Unless decay_all, vectors (biases, normalisation) and the parameters
+    named in model.no_weight_decay are not decayed, as is usual since Vaswani et al.'s code; the report decays all.
     """
     left_out = {id(parameter) for parameter in leave_out}
     decayed, free = [], []
@@ -32,16 +31,16 @@ def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on the weights of a model's blocks, AdamW on all the rest, as one optimiser.
 
-    Blocks are what lies in `blocks`, or in `layer1` to `layer4` of a ResNet; a convolution counts as the matrix that
-    takes a patch to the channels. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both. Raises UserError where nothing in a block is trained.
+    Blocks are the modules in `blocks`, or in `layer1` to `layer4` of a ResNet; a convolution counts as the matrix from
+    a patch to the channels. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning
+    rate serves both. Raises UserError if nothing in a block is trained.
     """
 
     def __init__(self, model, *, lr, weight_decay, decay_all):
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         inner = [p for name, p in trained if p.ndim in (2, 4) and name.startswith(("blocks.", "layer"))]
         if not inner:
-            raise UserError("--opt muon: no weight matrix of a block is trained here; --opt adamw goes")
+            raise UserError("--opt muon: no weight matrix of a block is trained here; use --opt adamw")
         self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for p in inner}  # the same memory
         muon = torch.optim.Muon(
             self.matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -51,12 +50,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(self.outer_groups(), {})
 
     def outer_groups(self):
-        """Those that a schedule and a scaler of gradients see: the parts' own, Muon's with the weights as they are."""
+        """What a schedule and a gradient scaler see: the parts' own groups, Muon's with weights in their own shape."""
         muon, adamw = (part.param_groups for part in self.parts.values())
         return [muon[0] | {"params": list(self.matrices)}, *adamw]
 
     def pass_on(self):
-        """Let Muon know what a schedule has written to the outer groups; AdamW's are its own."""
+        """Copy to Muon what a schedule has written to the outer groups; AdamW's groups are its own."""
         inner = self.parts["muon"].param_groups[0]
         inner.update(self.param_groups[0] | {"params": inner["params"]})
 
@@ -81,15 +80,15 @@ def make_optimizer(args, model):
     """The optimiser that the flags ask for (--opt, --lr, --weight-decay, --decay-all, --momentum, --opt-betas,
     --opt-eps), of the parameters that are to be trained.
 
-    adam adds weight decay to the gradient, adamw takes it off the weights (Loshchilov & Hutter 2019). All but muon are
-    torch's fused forms: one pass over the weights a step.
+    adam adds weight decay to the gradient, adamw subtracts it from the weights (Loshchilov & Hutter 2019). All except
+    muon are torch's fused forms: one pass over the weights per step.
     """
     if args.opt == "muon":
         return MuonWithAdamW(model, lr=args.lr, weight_decay=args.weight_decay, decay_all=args.decay_all)
     groups = parameter_groups(model, args.weight_decay, decay_all=args.decay_all)
     if args.opt == "sgd":
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
-        # a first step that a scaler of gradients skips would leave these empty, that is with anything in them
+        # if a gradient scaler skips the first step, torch would leave these uninitialised
         for group in groups if args.momentum else ():
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -99,9 +98,9 @@ def make_optimizer(args, model):
 
 
 def make_average(model, decay):
-    """An exponential moving average of a model's weights and buffers, which .update_parameters(model) moves on.
+    """An exponential moving average of a model's weights and buffers, to be updated by .update_parameters(model).
 
-    Buffers are averaged too, so that no BatchNorm statistics are of other weights. None where decay is 0.
+    Buffers are averaged too: otherwise the statistics of BatchNorm would belong to other weights. None if decay is 0.
     """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval() if decay else None
 
@@ -110,9 +109,9 @@ DEFAULT_MILESTONES = (100 / 160, 150 / 160)  # of the run's length: the report's
 
 
 def multistep_schedule(optimizer, *, epochs, steps_per_epoch, milestones=None, gamma=0.1):
-    """MultiStepLR that multiplies the learning rate by gamma after each of the milestones, which are numbers of epochs.
+    """MultiStepLR that multiplies the learning rate by gamma after each of the milestones, in epochs.
 
-    Without milestones they are those of the report, scaled to the length of the run.
+    The default milestones are those of the report, scaled to the length of the run.
     """
     if milestones is None:
         milestones = [max(1, round(share * epochs)) for share in DEFAULT_MILESTONES]
@@ -120,7 +119,7 @@ def multistep_schedule(optimizer, *, epochs, steps_per_epoch, milestones=None, g
 
 
 def cosine_factor(step, *, warmup_steps, total_steps):
-    """The learning rate after `step` steps, as a share of its peak: a line from zero, then half a cosine to zero."""
+    """The learning rate after `step` steps, as a share of its peak: linear from zero, then half a cosine to zero."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -134,8 +133,8 @@ def cosine_schedule(optimizer, *, epochs, steps_per_epoch, warmup_epochs):
 
 
 def onecycle_schedule(optimizer, *, epochs, steps_per_epoch, peak, div_factor):
-    """One cycle (Smith 2018), as torch and fastai have it: from peak / div_factor to the peak in 30 % of the steps,
-    then to nearly nothing, both along a cosine; momentum, or Adam's first beta, goes from 0.95 to 0.85 and back.
+    """One cycle (Smith 2018), as in torch and fastai: from peak / div_factor to the peak in 30 % of the steps, then to
+    nearly zero, both along a cosine; momentum, or Adam's first beta, goes from 0.95 to 0.85 and back.
     """
     return OneCycleLR(
         optimizer,

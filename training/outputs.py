@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from files import write_atomically
 from training.device import device_name, peak_memory_bytes
+from training.flags import flag_kind
 
 COLUMNS = (
     "epoch",
@@ -29,18 +30,17 @@ COLUMNS = (
     "images_per_second",
     "peak_memory_bytes",
 )
-# where and on what kind of machine, not what
-PATH_FLAGS = (
-    "data_dir",
-    "out_dir",
-    "cache_dir",
-    "run_name",
-    "resume",
-    "overwrite",
-    "init_from",
-    "cache_gib",
-    "workers",
-)
+
+
+def print_header(args, precision):
+    """The first lines of a run: its recipe, and what it runs on."""
+    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
+    print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
+
+
+def print_model(name, model, cells):
+    """A model's size, and the grid of what it attends to: cells are its patches, tokens or positions."""
+    print(f"{name}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} {cells}")
 
 
 def epoch_line(row, epochs):
@@ -64,7 +64,7 @@ def write_log(path, history):
 
 
 def draw_curves(path, history, *, mark_falls):
-    """Loss and accuracy against the epoch; with mark_falls a dotted line wherever the learning rate fell."""
+    """Loss and accuracy against the epoch; with mark_falls, a dotted line wherever the learning rate fell."""
     epochs = [row["epoch"] for row in history]
     falls = [row["epoch"] for before, row in itertools.pairwise(history) if mark_falls and row["lr"] < before["lr"]]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -94,7 +94,7 @@ def draw_curves(path, history, *, mark_falls):
 
 
 def write_split(path, dataset):
-    """split.csv: which file went where."""
+    """Write split.csv: which image is in which split."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "class", "split"))
@@ -107,14 +107,14 @@ def write_split(path, dataset):
 
 
 def write_predictions(path, logits, dataset):
-    """predictions.npz: logits (N, classes) float32, labels (N,) and names (N,) of the test images, and classes."""
+    """Write predictions.npz: logits (N, classes) float32, labels (N,), names (N,) of the test images, and classes."""
     labels, names = dataset.test.labels.numpy(), dataset.test.names
     arrays = {"logits": logits.cpu().numpy(), "labels": labels, "names": names, "classes": np.array(dataset.classes)}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def git_commit(script):
-    """(commit, whether the tree is clean) of the working folder; (None, None) where git does not know the script."""
+    """(commit, whether the tree is clean) of the working folder; (None, None) if git does not track the script."""
 
     def git(*command):
         return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
@@ -127,20 +127,20 @@ def git_commit(script):
 
 
 def count_parameters(model, leave_out=None):
-    """How many parameters a model has, but for the one of the name leave_out."""
+    """The number of a model's parameters, without the one named leave_out."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != leave_out)
 
 
 def write_result(path, run, *, test_accuracy, at_best_val):
-    """result.json: how a run was made and what came out of it; accuracies are fractions. Returns it as a dict."""
+    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict."""
     args, history, dataset = vars(run.args), run.history, run.dataset
     on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     commit, clean = git_commit(run.script)
     result = {
         "script": run.script,
         "recipe": args["recipe"],
-        "args": {name: value for name, value in args.items() if name not in PATH_FLAGS},
-        "model": run.model_name,
+        "args": {name: value for name, value in args.items() if flag_kind(name) == "run" and name != "init_from"},
+        "model": args["model"],
         "init_from": Path(args["init_from"]).name if args.get("init_from") else None,
         "params": count_parameters(run.model),
         "trained_params": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),

@@ -19,19 +19,27 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.device import peak_memory_bytes
-from training.loop import means, new_sums, validate
-from training.outputs import COLUMNS, draw_curves, epoch_line, write_log, write_predictions, write_result
+from training.loop import loss_and_accuracy, new_sums, validate
+from training.outputs import (
+    COLUMNS,
+    draw_curves,
+    epoch_line,
+    write_log,
+    write_predictions,
+    write_result,
+    write_split,
+)
 
-WRITING_SHARE = 0.04  # of the time, at most, goes into writing what epochs leave behind
+WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
 WRITTEN = (*CHECKPOINTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 
 
 def choose_folder(given, *, default_name, default_dir):
-    """(the run's folder, whether it holds a run to go on with), from the flags on the command line.
+    """(the run's folder, whether it holds a run to resume), from the flags on the command line.
 
-    Without --run-name the folder is the first of vit, vit-2, vit-3 ... that is not there yet. Raises UserError where
-    the name is taken, or where there is nothing to resume.
+    Without --run-name the folder is the first of vit, vit-2, vit-3 ... that does not exist. Raises UserError if the
+    name is taken, or if there is nothing to resume.
     """
     resume = given.get("resume")
     if resume and given.get("overwrite"):
@@ -49,9 +57,7 @@ def choose_folder(given, *, default_name, default_dir):
         return folder, has_checkpoint(folder)
     if is_taken(folder) and not given.get("overwrite"):
         if "run_name" in given:
-            raise UserError(
-                f"--run-name {folder.name}: {folder} exists; --resume {folder} goes on with it, --overwrite replaces it"
-            )
+            raise UserError(f"--run-name {folder.name}: {folder} exists; --resume {folder} or --overwrite, please")
         numbers = itertools.count(2)
         while is_taken(folder):
             folder = out_dir / f"{default_name}-{next(numbers)}"
@@ -67,7 +73,7 @@ def is_taken(folder):
 
 
 def prepare_folder(folder, *, resuming):
-    """Make the run's folder; a run that is to be replaced leaves it. Raises UserError where it cannot be written."""
+    """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
     make_folder(folder)
     for pattern in WRITTEN if not resuming else ():
         for path in folder.glob(pattern):
@@ -75,7 +81,7 @@ def prepare_folder(folder, *, resuming):
 
 
 def finished_result(folder):
-    """A finished run's results, said and returned; None where it is not finished."""
+    """A finished run's results, printed and returned; None if it is not finished."""
     path = folder / "result.json"
     if not path.exists():
         return None
@@ -85,45 +91,50 @@ def finished_result(folder):
 
 
 class Run:
-    """One run in training. `epoch` counts finished epochs, `step` the optimiser steps since, `sums` what they add up to
-    (see new_sums), and `history` has a row of log.csv for each finished epoch.
+    """One run in training: what is trained, and how far it has come.
+
+    start is a Start of training/arguments.py. `epoch` counts finished epochs, `sums` is what the epoch in progress has
+    added up (see new_sums), and `history` has one row of log.csv for each finished epoch.
     """
 
-    def __init__(
-        self,
-        folder,
-        *,
-        script,
-        args,
-        model_name,
-        model_args,
-        model,
-        average=None,
-        dataset,
-        optimizer,
-        schedule,
-        precision,
-        device,
-    ):
-        self.folder, self.script, self.args = folder, script, args
-        self.model_name, self.model_args, self.model, self.average = model_name, model_args, model, average
-        self.dataset, self.optimizer, self.schedule = dataset, optimizer, schedule
-        self.precision, self.device = precision, device
-        self.epoch, self.step, self.sums, self.history = 0, 0, new_sums(device), []
+    def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
+        self.folder, self.script, self.args = start.folder, start.script, start.args
+        self.model, self.model_args = model, start.model_args(len(dataset.classes))
+        self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
+        self.precision, self.device = precision, precision.device
+        self.epoch, self.sums, self.history = 0, new_sums(self.device), []
         self.first_epoch = 0
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
+        self.trained_at = time.monotonic()  # when the last step ended
 
     @property
     def evaluated_model(self):
-        """The model that is validated, and that is the result: with averaged weights where there are any."""
+        """The model that is validated, and that is the result: with averaged weights if there are any."""
         return self.average.module if self.average else self.model
 
-    def resume(self, checkpoint):
-        """Go back to where a checkpoint left a run. Raises UserError where the images are not those of that run."""
-        check_same_images(checkpoint, self.dataset)
-        restore_training(checkpoint, self)
-        self.first_epoch = self.epoch
+    def begin(self, checkpoint=None):
+        """Restore a checkpoint, or clear the folder for a new run.
+
+        Raises UserError if the images are not those of the run to resume, if the folder cannot be written, and for
+        --patience without validation images.
+        """
+        if self.args.patience and not self.dataset.val:
+            raise UserError(
+                f"--patience {self.args.patience} needs validation images: --val-fraction 0.1 splits them off"
+            )
+        if checkpoint:
+            check_same_images(checkpoint, self.dataset)
+            restore_training(checkpoint, self)
+            self.first_epoch = self.epoch
+        prepare_folder(self.folder, resuming=checkpoint is not None)
+        if self.args.dataset == "folder" or self.args.val_fraction:
+            write_split(self.folder / "split.csv", self.dataset)
+
+    def remaining_epochs(self):
+        """The numbers of the epochs to train, from 0, until all are done or --patience is used up."""
+        while self.epoch < self.args.epochs and not self.out_of_patience():
+            yield self.epoch
 
     def write(self):
         """Write what the epochs have left behind and where the run is now."""
@@ -134,16 +145,16 @@ class Run:
         if self.history:
             write_log(self.folder / "log.csv", self.history)
             draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
-        # last: a run that is killed before goes back to the last.pt before, and misses nothing of the above
+        # last: a run that is killed before this line resumes from the last.pt before, and misses none of the above
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
         self.last_writing = time.monotonic()
         self.writing_seconds = self.last_writing - started
 
     def stop(self, stop):
-        """Save and say how to go on; raises Interrupted where a signal was the reason, else returns None."""
+        """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
         self.write()
         command = f"python {self.script} --resume {self.folder}"
-        print(f"stopped in epoch {self.epoch + 1} after step {self.step}; go on: {command}")
+        print(f"stopped in epoch {self.epoch + 1} after step {self.sums['step']}; to resume: {command}")
         stop.end()
 
     def out_of_patience(self):
@@ -155,25 +166,27 @@ class Run:
             print(f"no better validation accuracy in {patience} epochs: stopping early")
         return out
 
-    def end_epoch(self, judged, *, seconds):
-        """Say what an epoch leaves behind, and write it: the checkpoints that it earns, log.csv and curves.png.
+    def end_epoch(self, scores):
+        """Print and write what an epoch leaves behind: the checkpoints that it earns, log.csv and curves.png.
 
-        Where epochs are short, some are written together, as WRITING_SHARE asks. judged is {"val" or "test": (loss,
-        accuracy)}, seconds how long that took. Raises UserError, and writes nothing, where a loss is not finite.
+        If epochs are short, several are written together (see WRITING_SHARE). scores is {"val" or "test": (loss,
+        accuracy, logits)}, as from validate. Raises UserError, and writes nothing, if a loss is not finite.
         """
         row = dict.fromkeys(COLUMNS) | {
             "epoch": self.epoch + 1,
             "lr": self.sums["lr"],
-            "seconds": self.sums["seconds"] + seconds,
+            "seconds": self.sums["seconds"] + time.monotonic() - self.trained_at,
             "images_per_second": self.sums["images"] / self.sums["seconds"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        for split, (loss, accuracy) in {"train": means(self.sums), **judged}.items():
+        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
             if not math.isfinite(loss):
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} is from before")
+                raise UserError(
+                    f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} has the epochs before"
+                )
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, new_sums(self.device)
+        self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
 
         names = []
         if is_best(self.history, "val_accuracy"):
@@ -195,20 +208,19 @@ class Run:
             print(f"expected end: {datetime.datetime.now() + left:%Y-%m-%d %H:%M}, in {left}")
 
     def finish(self, test):
-        """Judge the last epoch's weights on the test batches; write predictions.npz and result.json, say what there is.
+        """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
 
-        Returns what result.json holds.
+        Prints what the folder holds, and returns what result.json holds.
         """
         if self.epoch < self.args.epochs:  # out of patience
             self.write()
-        folder = self.folder
-        judge = {"model": self.evaluated_model, "batches": test, "precision": self.precision}
-        _, test_accuracy, logits = validate(**judge)
+        folder, model = self.folder, self.evaluated_model
+        _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         at_best_val = None
         if (folder / "best.pt").exists():
-            self.evaluated_model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
-            _, at_best_val, _ = validate(**judge)
+            model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
+            _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
         print(f"test accuracy {test_accuracy:.2%} after epoch {self.epoch}")
         if at_best_val is not None:

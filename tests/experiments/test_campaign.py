@@ -20,10 +20,10 @@ from experiments.plans import read_plan
 FAKE_SCRIPT = """
 import json, signal, sys, time
 from pathlib import Path
-from training.arguments import Parser
+from training.flags import Parser
 
 def fake_parser():
-    parser = Parser(allow_abbrev=False)
+    parser = Parser(None)
     for flag in ("--lr", "--seed", "--minutes", "--fail", "--wait"):
         parser.add_argument(flag, type=float)
     parser.add_argument("--recipe", choices=("report", "strong"))
@@ -121,10 +121,9 @@ def test_a_row_does_not_start_from_other_weights_than_those_beside_it(workplace,
     before = len(calls())
     with pytest.raises(UserError, match="1 of 1 runs failed: p/third, seed 0"):
         campaign.main(["p.toml", "--seeds", "1"])
-    assert (
-        "other-seed-0.json started from the weights of p/plain, seed 0, that are not in checkpoints/p/plain"
-        in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "p/third, seed 0 must start from the weights that results/p/other-seed-0.json started from" in said
+    assert "p/plain, seed 0, but they are no longer in checkpoints/p/plain-seed-0" in said
     assert before == 3 and not Path("calls.txt").exists()
     Path("results/p/other-seed-0.json").unlink()
     campaign.main(["p.toml", "--seeds", "1"])
@@ -182,7 +181,7 @@ def test_a_result_that_does_not_fit_is_named_and_replaced_by_the_new_one_alone(w
     assert path.read_text() == old
     err = capfd.readouterr().err
     assert (
-        f"warning: {path} is not counted: it does not fit p's row other (--lr is 0.2 there and 0.3 in the plan)" in err
+        f"warning: {path} does not count: it does not fit p's row other (--lr is 0.2 there and 0.3 in the plan)" in err
     )
     assert calls()[0].endswith("--run-name other-seed-0 --overwrite")
     campaign.main(["p.toml"])
@@ -219,8 +218,8 @@ def test_a_failure_is_named_and_the_others_go_on(workplace, capfd):
 def test_the_minutes_end_it_cleanly_and_are_handed_on(workplace, capfd):
     campaign.main(["p.toml", "--minutes", "0.005"])
     out = capfd.readouterr().out
-    assert "the minutes are up, 4 of 4 runs are open; to resume: python campaign.py p.toml --minutes 0.005" in out
-    assert "not yet measured" in out and 0 < float(calls()[0].split("--minutes ")[1].split()[0]) <= 0.005
+    assert "the minutes are up, 4 of 4 runs are missing; to resume: python campaign.py p.toml --minutes 0.005" in out
+    assert "not measured yet" in out and 0 < float(calls()[0].split("--minutes ")[1].split()[0]) <= 0.005
     campaign.main(["p.toml", "--minutes", "5"])
     assert len(calls()) == 4
 
@@ -250,23 +249,20 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
 
 
 BAD_PLANS = {
-    "is no TOML": ("title = ", "titel: "),
-    "unknown key epochs; there are title, rows": ("seeds = 2", "epochs = 2"),
-    "row 1: unknown key sript; there are name": ("script", "sript"),
+    "is not TOML": ("title = ", "titel: "),
+    "unknown key epochs; choose from title, rows": ("seeds = 2", "epochs = 2"),
+    "row 1 (plain): unknown key sript; choose from name": ("script", "sript"),
     "row 1: name missing": ('name = "plain"\n', ""),
     "seeds cannot be 0": ("seeds = 2", "seeds = 0"),
-    "row 1: script cannot be 3": ('script = "train_fake.py"', "script = 3"),
-    "row 1 (plain): unknown script train_it.py; there are train_vit.py": ("train_fake.py", "train_it.py"),
+    "row 1 (plain): script cannot be 3": ('script = "train_fake.py"', "script = 3"),
+    "row 1 (plain): unknown script train_it.py; choose one of train_vit.py": ("train_fake.py", "train_it.py"),
     "row 2 (other): unrecognized arguments: --reciep strong": ('--recipe", ', '--reciep", '),
     "row 2 (other): argument --recipe: invalid choice: 'weak'": ("strong", "weak"),
-    "row 1 (plain): --seed cannot stand in a plan": ("--lr 0.1", "--seed 1"),
-    "row 1 (plain): No closing quotation": ("--lr 0.1", "--lr '0.1"),
-    "row 1 (a/b): files are named by it": ('"plain"\nscript', '"a/b"\nscript'),
-    "first is no row, to hold others against or to start from; there are plain, other": (
-        'baseline = "plain"',
-        'baseline = "first"',
-    ),
-    "nobody is no row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
+    "row 1 (plain): remove --seed: campaign.py sets this itself": ("--lr 0.1", "--seed 1"),
+    'row 1 (plain): arguments = "--lr \'0.1": No closing quotation': ("--lr 0.1", "--lr '0.1"),
+    "row 1 (a/b): a name may have letters, digits, . _ and - only": ('"plain"\nscript', '"a/b"\nscript'),
+    "baseline = first is not a row; choose one of plain, other": ('baseline = "plain"', 'baseline = "first"'),
+    "against = nobody is not a row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
     "two rows are named plain": ('name = "other"', 'name = "plain"'),
 }
 
@@ -284,7 +280,7 @@ def test_a_plan_that_is_not_there_and_one_without_rows(workplace):
     with pytest.raises(UserError, match=r"q.toml cannot be read \(No such file or directory\)"):
         campaign.main(["q.toml"])
     Path("p.toml").write_text('title = "x"\nrows = []\n')
-    with pytest.raises(UserError, match="p.toml: there is nothing in it"):
+    with pytest.raises(UserError, match="p.toml: no runs in it"):
         campaign.main(["p.toml"])
 
 

@@ -8,9 +8,8 @@ from test_campaign import PLAN, calls, names, workplace  # noqa: F401
 
 import campaign
 from errors import UserError
-from experiments import plans
-from experiments.forecast import Forecast
-from experiments.jobs import Job
+from experiments import jobs, plans
+from experiments.jobs import Job, expected_minutes
 from experiments.plans import read_plan
 from experiments.runs import read_runs
 
@@ -38,10 +37,10 @@ checkpoint = "q/two"
 MEASURE_FAKE = """
 import json, sys
 from pathlib import Path
-from training.arguments import Parser
+from training.flags import Parser
 
 def measure_parser():
-    parser = Parser(allow_abbrev=False)
+    parser = Parser(None)
     for flag in ("--out", "--steps", "--device", "--data-dir"):
         parser.add_argument(flag)
     return parser
@@ -52,10 +51,10 @@ if __name__ == "__main__":
 MAP_FAKE = """
 import json, sys
 from pathlib import Path
-from training.arguments import Parser
+from training.flags import Parser
 
 def map_parser():
-    parser = Parser(allow_abbrev=False)
+    parser = Parser(None)
     parser.add_argument("checkpoint")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--device")
@@ -113,7 +112,7 @@ def test_the_list_of_plans(three_plans, capsys):
 
 def test_a_map_waits_for_its_run(three_plans, capfd):
     campaign.main(["m.toml", "--device", "cpu"])
-    assert "m/map waits for checkpoints/q/two-seed-0" in capfd.readouterr().out and names("results/m") == [
+    assert "m/map needs the run in checkpoints/q/two-seed-0" in capfd.readouterr().out and names("results/m") == [
         "speed-cpu.json"
     ]
 
@@ -121,7 +120,7 @@ def test_a_map_waits_for_its_run(three_plans, capfd):
 @pytest.mark.parametrize(
     ("file", "old", "new", "said"),
     [
-        ("m.toml", "--steps 3", "--stpes 3", "m.toml, measurement 1 (speed): unrecognized arguments"),
+        ("m.toml", "--steps 3", "--stpes 3", "m.toml: measurement 1 (speed): unrecognized arguments"),
         ("m.toml", '"map"', '"speed"', "m.toml: two rows are named speed"),
     ],
 )
@@ -146,25 +145,29 @@ def test_times_follow_from_epochs_and_from_finished_runs(three_plans, monkeypatc
     plan = read_plan("p.toml")
     plain, other = plan.rows
     args = parsed("p.toml", "--device", "cpu")
-    forecast = Forecast({"p": {"plain": {}, "other": {}}}, args)
+    found = {"p": {"plain": {}, "other": {}}}
     folder = Path("checkpoints/p")
-    assert forecast.minutes(Job(plan, plain, 0)) is None
+
+    def minutes(row, seed):
+        return expected_minutes(Job(plan, row, seed), found, args)
+
+    assert minutes(plain, 0) is None
     write_log(folder / "plain-seed-0", [100])
-    assert forecast.minutes(Job(plan, plain, 0)) is None
+    assert minutes(plain, 0) is None
     write_log(folder / "plain-seed-0", [100, 12])
-    assert forecast.minutes(Job(plan, plain, 0)) == pytest.approx(2 * 12 / 60)
-    assert forecast.minutes(Job(plan, other, 0)) is None
+    assert minutes(plain, 0) == pytest.approx(2 * 12 / 60)
+    assert minutes(other, 0) is None
     write_log(folder / "other-seed-0", [1, 30, 30, 30])
-    assert forecast.minutes(Job(plan, other, 0)) == pytest.approx(2 * 12 / 60)
+    assert minutes(other, 0) == pytest.approx(2 * 12 / 60)
     for name in ("result.json", "last.pt"):
         (folder / "plain-seed-0" / name).touch()
-    assert forecast.minutes(Job(plan, other, 0)) == 0
+    assert minutes(other, 0) == 0
     campaign.main(["p.toml", "--seeds", "1", "--device", "cpu", "--out-dir", "elsewhere"])
     [run] = [run for run in read_runs("results") if run.name == "p/plain"]
-    forecast.found["p"]["plain"][0] = run
-    assert forecast.minutes(Job(plan, plain, 1)) is None  # it was on "none"
-    monkeypatch.setattr(forecast, "device", "none")
-    assert forecast.minutes(Job(plan, plain, 1)) == 1 and forecast.minutes(Job(plan, other, 1)) is None
+    found["p"]["plain"][0] = run
+    assert minutes(plain, 1) is None  # it was on "none"
+    monkeypatch.setattr(jobs, "device_name", lambda device: "none")
+    assert minutes(plain, 1) == 1 and minutes(other, 1) is None
 
 
 # Dry runs

@@ -8,9 +8,9 @@ from PIL import Image
 
 import compare
 from errors import UserError
-from experiments.runs import group_runs, read_runs, summarise
-from experiments.score import PUBLISHED, parameter_score
-from experiments.significance import Comparison, compare_accuracies, holm, verdicts, welch_interval
+from experiments.runs import group_runs, read_runs
+from experiments.statistics import Comparison, compare_accuracies, holm, summarise, verdicts, welch_interval
+from experiments.tables import PUBLISHED, parameter_score
 
 
 def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), **changes):
@@ -184,8 +184,8 @@ def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
         "broken.json is left out",
         "list.json",
         "it has no script",
-        "test_accuracy cannot be",
-        "seed 0 of alone is",
+        "test_accuracy has the wrong type",
+        "alone has another run with seed 0",
     ):
         assert said in "\n".join(warnings)
 
@@ -242,7 +242,7 @@ def test_by_validation_accuracy(measured, capsys):
 def test_a_plan_against_its_baseline(measured, plan, capsys):
     out = lines_of(capsys, "--results", measured, plan)
     assert out[0] == "A title (drop)" and [line.split()[0] for line in out[2:5]] == ["plain", "better", "open"]
-    assert "not yet measured" in out[4] and out[7].startswith("better - plain") and len(out) == 9
+    assert "not measured yet" in out[4] and out[7].startswith("better - plain") and len(out) == 9
 
 
 # README.md
@@ -254,7 +254,7 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
     readme.write_text(before)
     compare.main(["--readme", str(readme), "--results", str(measured)])
     lines = readme.read_text().splitlines()
-    assert lines[2:11] == [
+    assert lines[2:9] == [
         f"<!-- table: {plan} -->",
         f"A title, `python campaign.py {plan}`:",
         "",
@@ -262,10 +262,8 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| plain | cifar10 | 2 | 1,000,000 | 52.00 ± 2.00 % | 47.03 to 56.97 | 3 | AMD EPYC |",
         "| better | cifar10 | 2 | 1,000,000 | 62.00 ± 2.65 % | 55.43 to 68.57 | 3 | AMD EPYC |",
-        "",
-        "Not yet measured: `open`.",
     ]
-    assert lines[11:] == ["<!-- end table -->", "", "text"]
+    assert lines[9:] == ["<!-- end table -->", "", "text"]
     assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
 
 
@@ -274,17 +272,13 @@ def test_a_gpu_has_its_minutes_beside_its_name(measured, plan):
     for seed in range(3):
         write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2}, seconds=60 * seed, **about)
     lines = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured).splitlines()
-    assert lines[3].endswith("| N | minutes a run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
+    assert lines[3].endswith("| N | minutes per run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
     assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |")
 
 
-def test_a_plan_that_was_never_run_names_its_rows(plan, tmp_path):
+def test_a_plan_that_was_never_run_is_one_line(plan, tmp_path):
     text = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", tmp_path)
-    assert text.splitlines()[1:4] == [
-        f"A title, `python campaign.py {plan}`:",
-        "",
-        "Not yet measured: `plain`, `better`, `open`.",
-    ]
+    assert text.splitlines()[1:] == [f"Not measured yet: `python campaign.py {plan}`.", "<!-- end table -->"]
 
 
 def test_a_table_by_validation_accuracy(measured, plan):
@@ -320,7 +314,7 @@ def test_ratios_of_speed_and_what_they_cost(tmp_path):
     with pytest.raises(UserError, match="train.json was not written by a benchmark"):
         compare.filled_tables("<!-- speed: train -->\n<!-- end table -->", tmp_path)
     text = compare.filled_tables("<!-- speed: gpu -->\n<!-- end table -->", tmp_path)
-    assert text.splitlines()[1] == "`gpu`: not yet measured"
+    assert text.splitlines()[1] == "Not measured yet: `gpu`."
 
 
 # Score and plots
@@ -360,14 +354,16 @@ def test_curves(measured, capsys, tmp_path):
         compare.main(["--results", str(measured), "alone", "--plot", str(plot)])
     err = capsys.readouterr().err
     assert (
-        f"warning: {measured / 'alone-seed-0.csv'} is left out of the plot: No such file" in err and "no log of" in err
+        f"warning: {measured / 'alone-seed-0.csv'} is left out of the plot: No such file" in err
+        and "is not the log of" in err
     )
 
 
 BAD_COMPARISONS = {
     "there is no such run in": ["nothing"],
-    "stands for 2 groups of runs; name a file of one": ["plain"],
+    "matches 2 groups of runs; name a file of one": ["plain"],
     "x.toml cannot be read": ["x.toml"],
+    "speed.toml has no rows to compare": ["plans/speed.toml"],
     "take no names": ["alone", "--score"],
     "needs names of runs": ["--plot", "x.png"],
     "--readme README.txt cannot be read": ["--readme", "README.txt"],

@@ -250,7 +250,10 @@ def test_each_pass_replaces_the_one_before_and_other_models_are_not_recorded():
 
 def test_a_model_without_attention_is_told_where_to_go():
     model = torchvision.models.resnet18(num_classes=10)
-    with pytest.raises(UserError, match="ResNet has no attention to record: attribute.py"), AttentionRecorder(model):
+    with (
+        pytest.raises(UserError, match="ResNet has no attention to record: use attribute.py"),
+        AttentionRecorder(model),
+    ):
         model(PICTURES)
 
 
@@ -318,7 +321,7 @@ def test_maps_in_training_mode_leave_the_statistics_of_a_resnet_as_they_were():
 @pytest.mark.parametrize("model", ["resnet18", "xresnet18"])
 def test_weights_that_are_no_distribution_are_refused_by_name(model):
     model = build_model(model, attention="simple", image_size=32)
-    message = "SimpleSelfAttention's weights are no distribution to draw: attribute.py explains any model"
+    message = "the weights of SimpleSelfAttention are not a distribution and cannot be drawn: use attribute.py"
     with pytest.raises(UserError, match=message), AttentionRecorder(model):
         model(PICTURES)
 

@@ -142,7 +142,7 @@ def test_which_tokens_mix(name, class_token, index, expected):
 
 
 def test_an_unknown_attention_lists_those_that_there_are():
-    with pytest.raises(UserError, match="--attention linear: there are softmax, identity, depthwise"):
+    with pytest.raises(UserError, match="--attention linear: choose from softmax, identity, depthwise"):
         build_model("vit", attention="linear")
 
 

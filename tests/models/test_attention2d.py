@@ -257,14 +257,18 @@ def test_recorded_weights_sum_to_one_and_multiply_the_values(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gat", {}, "--attention gat: there are none, graph, graph_v2, classic, sagan, simple"),
+        ("gat", {}, "--attention gat: choose from none, graph, graph_v2, classic, sagan, simple"),
         ("graph", {"num_heads": 3}, "--num-heads 3 does not divide the 16 channels"),
         ("classic", {"num_heads": 0}, "--num-heads 0 does not divide"),
-        ("sagan", {"patch_size": 2}, "--attention sagan: --patch-size 2 is for graph, graph_v2, classic"),
-        ("simple", {"gamma": False}, "--attention simple: a block without gamma is for graph, graph_v2, classic"),
-        ("none", {"symmetric": True}, "--attention none: --symmetric is for simple"),
-        ("sagan", {"kernel_size": 3}, "--attention sagan: --attention-kernel-size 3 is for simple"),
-        ("simple", {"kernel_size": 2}, "--attention-kernel-size 2: an odd number is right"),
+        ("sagan", {"patch_size": 2}, "--attention sagan: --patch-size 2 requires one of graph, graph_v2, classic"),
+        (
+            "simple",
+            {"gamma": False},
+            "--attention simple: a block without gamma requires one of graph, graph_v2, classic",
+        ),
+        ("none", {"symmetric": True}, "--attention none: --symmetric requires --attention simple"),
+        ("sagan", {"kernel_size": 3}, "--attention sagan: --attention-kernel-size 3 requires --attention simple"),
+        ("simple", {"kernel_size": 2}, "--attention-kernel-size 2: must be odd"),
         ("simple", {"kernel_size": 3, "symmetric": True}, "--symmetric needs --attention-kernel-size 1, not 3"),
     ],
 )

@@ -45,5 +45,5 @@ def test_grid_conv_sees_the_neighbours_on_the_grid():
 
 
 def test_a_image_that_is_too_small():
-    with pytest.raises(UserError, match="--image-size 4 is too small: .* from 5 on"):
+    with pytest.raises(UserError, match="--image-size 4 is too small: .* use 5 or more"):
         build_model("cct_nano", image_size=4)

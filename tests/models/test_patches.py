@@ -26,5 +26,5 @@ def test_patches_go_row_by_row_and_come_back():
 def test_patch_grid():
     assert patch_grid((32, 48), 4) == (8, 12)
     assert patch_grid((32, 32), 6, pad=True) == (6, 6)
-    with pytest.raises(UserError, match="--image-size 30 .* --patch-size 4: 28 or 32 would be; --pad"):
+    with pytest.raises(UserError, match="--image-size 30 .* --patch-size 4: use 28 or 32, or --pad"):
         patch_grid((30, 30), 4)

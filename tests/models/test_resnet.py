@@ -129,10 +129,10 @@ def test_a_trunk_is_taken_from_another_run_and_what_was_left_is_named():
     [
         (
             {"width": 4},
-            r"--init-from: another trunk, .*conv1.weight \(\(4, 3, 3, 3\) there, \(8, 3, .* here\), .* \.\.\.",
+            r"--init-from: .*conv1.weight \(\(4, 3, 3, 3\) in the file, \(8, 3, .* in the model\), .* \.\.\.",
         ),
-        ({"stem": "imagenet"}, r"differs in conv1.weight \(\(8, 3, 7, 7\) there, \(8, 3, 3, 3\) here\)$"),
-        ({"model": "resnet34"}, r"differs in layer1.2.conv1.weight \(\(8, 8, 3, 3\) there, none here\)"),
+        ({"stem": "imagenet"}, r"model: conv1.weight \(\(8, 3, 7, 7\) in the file, \(8, 3, 3, 3\) in the model\)$"),
+        ({"model": "resnet34"}, r"model: layer1.2.conv1.weight \(\(8, 8, 3, 3\) in the file, missing in the model\)"),
     ],
 )
 def test_another_trunk_is_refused(other, message):
@@ -163,7 +163,7 @@ def test_imagenet_weights(imagenet_file, stem, left):
 
 
 def test_imagenet_weights_that_do_not_fit_or_cannot_be_had(imagenet_file, monkeypatch):
-    with pytest.raises(UserError, match="--pretrained: the weights are of --width 64, not 8"):
+    with pytest.raises(UserError, match="--pretrained: the weights require --width 64, not 8"):
         load_imagenet_trunk(small())
     imagenet_file.unlink()
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **b: (_ for _ in ()).throw(OSError("no network")))
@@ -175,24 +175,24 @@ def test_imagenet_weights_that_do_not_fit_or_cannot_be_had(imagenet_file, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_after": "layer5"}, "--attention-after layer5: there are layer1, layer2, layer3, layer4"),
-        ({"attention": "gat"}, "--attention gat: there are none, graph"),
-        ({"stem": "tiny"}, "--stem tiny: there are cifar, imagenet"),
+        ({"attention_after": "layer5"}, "--attention-after layer5: choose from layer1, layer2, layer3, layer4"),
+        ({"attention": "gat"}, "--attention gat: choose from none, graph"),
+        ({"stem": "tiny"}, "--stem tiny: choose from cifar, imagenet"),
         ({"width": 0}, "--width 0"),
         ({"patch_size": 8}, "--patch-size 8 does not divide the feature map of 4 x 6 after layer4"),
         ({"patch_size": 4}, "--patch-size 4 does not divide the feature map of 4 x 6 after layer4"),
         ({"patch_size": 0}, "--patch-size 0 does not divide"),
-        ({"attention": "none", "patch_size": 2}, "--attention none: --patch-size 2 is for graph"),
+        ({"attention": "none", "patch_size": 2}, "--attention none: --patch-size 2 requires one of graph"),
         (
             {"image_size": 32, "stem": "imagenet"},
-            "--attention-after layer4: .* 1 x 1 is a single node; --attention-after layer3 or --stem cifar would do",
+            "--attention-after layer4: .* 1 x 1 is a single node; use --attention-after layer3 or --stem cifar",
         ),
-        ({"image_size": 8}, "single node; --attention-after layer3 would do"),
+        ({"image_size": 8}, "single node; use --attention-after layer3$"),
         (
             {"image_size": 32, "patch_size": 4},
-            "single node; --attention-after layer3 or a smaller --patch-size would do",
+            "single node; use --attention-after layer3 or a smaller --patch-size",
         ),
-        ({"image_size": 1}, "single node; a larger image would do"),
+        ({"image_size": 1}, "single node; use a larger image"),
     ],
 )
 def test_mistakes_are_named(options, message):

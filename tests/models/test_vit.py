@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -57,8 +60,17 @@ def test_dropout_works_where_the_report_has_it_and_only_in_training():
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(UserError, match="unknown model 'vitt': there are vit"):
+    with pytest.raises(
+        UserError, match="unknown model 'vitt': choose from vit, vit_b_16, .*, cct_nano, .*, resnet18, .*, xresnet18"
+    ):
         build_model("vitt")
+
+
+def test_a_family_is_imported_when_it_is_asked_for():
+    code = "import sys; from models import build_model; build_model('vit'); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    families = {"vit", "cct", "nano", "resnet", "xresnet", "pretrained"}
+    assert {name for name in families if f"models.{name}" in modules} == {"vit"}
 
 
 def test_summary_counts_every_parameter_and_leaves_the_model_as_it_was():

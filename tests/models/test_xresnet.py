@@ -107,12 +107,12 @@ def test_a_frozen_trunk_leaves_the_attention_and_the_head():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "graph"}, "--attention graph: there are none, sagan, simple"),
-        ({"attention_in": ["layer0"]}, "--attention-in layer0: there are layer1, layer2, layer3, layer4"),
-        ({"attention_in": ["layer4"], "image_size": 32}, "single node; --attention-in layer3 would do"),
-        ({"attention": "sagan", "symmetric": True}, "--attention sagan: --symmetric is for simple"),
+        ({"attention": "graph"}, "--attention graph: choose from none, sagan, simple"),
+        ({"attention_in": ["layer0"]}, "--attention-in layer0: choose from layer1, layer2, layer3, layer4"),
+        ({"attention_in": ["layer4"], "image_size": 32}, "single node; use --attention-in layer3"),
+        ({"attention": "sagan", "symmetric": True}, "--attention sagan: --symmetric requires --attention simple"),
         ({"attention_kernel_size": 3, "symmetric": True}, "--symmetric needs --attention-kernel-size 1, not 3"),
-        ({"stem_widths": (32, 64)}, "--stem-widths 32 64: three numbers are right"),
+        ({"stem_widths": (32, 64)}, "--stem-widths 32 64: must be three numbers"),
     ],
 )
 def test_mistakes_are_named(options, message):

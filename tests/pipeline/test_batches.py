@@ -8,7 +8,7 @@ import torch
 from test_data import indices_of, numbered_split
 
 from data import Split
-from pipeline.batches import Batches, image_transforms, mixing, normalised_transforms
+from pipeline.batches import Batches, image_transforms, mix_transform, normalised_transforms
 
 
 def plain_batches(split, **options):
@@ -61,7 +61,7 @@ def flags(**others):
 
 
 def test_flags_ask_for_transforms_and_nothing_is_on_by_itself():
-    assert not [*image_transforms(flags()), *normalised_transforms(flags())] and mixing(flags(), 10) is None
+    assert not [*image_transforms(flags()), *normalised_transforms(flags())] and mix_transform(flags(), 10) is None
     everything = flags(aa="trivial", fill=9, hflip=0.5, crop_padding=4, scale=[0.5, 1], ratio=[1, 1], rotate=5.0)
     names = [transform.func.__name__ for transform in image_transforms(everything)]
     assert names == ["trivial_augment", "random_flip", "padded_crop", "random_resized_crop", "random_rotation"]
@@ -76,7 +76,7 @@ def test_mixed_labels_are_the_shares_of_the_images(mixes):
     labels = torch.arange(5).repeat(20)
     images = (10 * labels).byte()[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     split = Split(images, labels, np.arange(100))
-    batches = plain_batches(split, batch_size=10, seed=1, mix=mixing(flags(**mixes), 5))
+    batches = plain_batches(split, batch_size=10, seed=1, mix=mix_transform(flags(**mixes), 5))
     torch.manual_seed(5)
     before = torch.get_rng_state()
     mixed = list(batches.batches(0))

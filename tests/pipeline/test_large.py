@@ -118,7 +118,7 @@ def test_small_images_are_enlarged_with_one_warning(tmp_path, capsys):
     root = write_large_images(tmp_path / "pets")
     load_large(root, tmp_path)
     warning = capsys.readouterr().err
-    assert "4 of 24 images are smaller than --image-size 72 (the smallest: 20 pixels): they are enlarged" in warning
+    assert "4 of 24 images are smaller than --image-size 72 (the smallest: 20 pixels) and are enlarged" in warning
     assert warning.count("\n") == 1
     shutil.rmtree(root / "test")
     for path in root.glob("*/*/5-*"):

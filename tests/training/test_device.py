@@ -24,7 +24,7 @@ def test_the_first_device_there_is(monkeypatch):
 def test_a_device_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:3", "abacus"):
-        with pytest.raises(UserError, match=f"--device {name}: .* here there is cpu"):
+        with pytest.raises(UserError, match=f"--device {name}: .* available: cpu"):
             pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -113,7 +113,8 @@ def test_a_card_without_kernels_is_named(monkeypatch, capability, kinds, runs):
     if runs:
         assert pick_device().type == "cuda"
     else:
-        with pytest.raises(UserError, match=f"none for Tesla P100 .sm_{capability[0]}{capability[1]}.; --device cpu"):
+        said = f"none for Tesla P100 .sm_{capability[0]}{capability[1]}.; use --device cpu"
+        with pytest.raises(UserError, match=said):
             pick_device()
     monkeypatch.setattr(torch.version, "hip", "7.1")  # whose kinds have other names
     assert pick_device().type == "cuda"

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.device import Precision
-from training.loop import means, new_sums, train_one_epoch, validate
+from training.loop import loss_and_accuracy, new_sums, train_one_epoch, validate
 from training.optimizer import cosine_schedule
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def train(
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     schedule = schedule or cosine(optimizer, steps)
     sums = sums or new_sums(CPU)
-    done = train_one_epoch(
+    train_one_epoch(
         model=model,
         batches=batches,
         loss_function=cross_entropy,
@@ -48,10 +48,10 @@ def train(
         schedule=schedule,
         precision=Precision(amp, CPU),
         sums=sums,
-        after_step=after_step or (lambda step, sums: False),
+        after_step=after_step or (lambda sums: False),
         **{"seed": 0, "epoch": 0} | options,
     )
-    return sums, done
+    return sums
 
 
 def test_loss_and_accuracy_are_weighted_by_images():
@@ -62,8 +62,8 @@ def test_loss_and_accuracy_are_weighted_by_images():
     with torch.no_grad():
         logits = model(images)
     expected = cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    sums, steps = train(model, batches, optimizer=frozen)
-    assert means(sums) == pytest.approx(expected, abs=1e-6) and steps == 3
+    sums = train(model, batches, optimizer=frozen)
+    assert loss_and_accuracy(sums) == pytest.approx(expected, abs=1e-6) and sums["step"] == 3
     loss, accuracy, outputs = validate(model=model, batches=batches, precision=Precision("off", CPU))
     assert (loss, accuracy) == pytest.approx(expected, abs=1e-6) and torch.equal(outputs, logits)
 
@@ -120,18 +120,17 @@ def test_stopping_and_going_on_inside_an_epoch_changes_nothing():
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.5), nn.Linear(16, 4))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        schedule, sums, start = cosine(optimizer), new_sums(CPU), 0
+        schedule, sums = cosine(optimizer), new_sums(CPU)
         for stop in (*stops, 99):
-            _, start = train(
+            train(
                 model,
                 random_batches((8,) * 6),
                 optimizer=optimizer,
                 schedule=schedule,
                 sums=sums,
-                start_step=start,
-                after_step=lambda step, sums, stop=stop: step >= stop,
+                after_step=lambda sums, stop=stop: sums["step"] >= stop,
             )
-        return start, means(sums), model[0].weight.tolist()
+        return sums["step"], loss_and_accuracy(sums), model[0].weight.tolist()
 
     whole = trained([])
     assert whole[0] == 6 and whole == trained([2]) == trained([1, 5, 6])
@@ -141,7 +140,7 @@ def test_stopping_and_going_on_inside_an_epoch_changes_nothing():
 def test_the_first_loss_that_is_not_finite_is_noted(bad_step):
     batches = random_batches((8,) * 5)
     batches.list[bad_step][0].fill_(float("nan"))
-    sums, _ = train(nn.Linear(5, 4), batches, steps=10)
+    sums = train(nn.Linear(5, 4), batches, steps=10)
     assert sums["bad_step"].item() == bad_step
     expected = 0.01 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * bad_step / 10)).item())
     assert sums["bad_lr"].item() == pytest.approx(expected, rel=1e-5)

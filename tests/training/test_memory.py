@@ -64,8 +64,8 @@ def test_a_batch_too_large_for_a_gpu_is_one_line_that_says_what_fits(run, monkey
     with pytest.raises(UserError) as caught, memory_watched(run):
         failing()
     assert str(caught.value) == (
-        "--batch-size 64 does not fit into the 10.0 GiB of Fake: it took 9.0 GiB and wanted more; 16 should fit"
-        f"; {run.folder}/last.pt is from before"
+        "--batch-size 64 does not fit into the 10.0 GiB of Fake: it took 9.0 GiB and needed more; 16 should fit"
+        f"; {run.folder}/last.pt holds what was done"
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
@@ -75,7 +75,7 @@ def test_where_the_weights_take_all_no_batch_fits(run, monkeypatch):
     gpu.mem_get_info = lambda device: (300, 10 * GIB)  # bytes; the weights take 4 * 98
     monkeypatch.setattr(devices.torch, "cuda", gpu)
     monkeypatch.setattr(devices.torch, "zeros", lambda *size, device: zeros(*size))
-    with pytest.raises(UserError, match="it took 9.0 GiB and wanted more$"), memory_watched(run):
+    with pytest.raises(UserError, match="it took 9.0 GiB and needed more$"), memory_watched(run):
         failing()
 
 

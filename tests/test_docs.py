@@ -1,0 +1,190 @@
+"""README.md and docs/ are true: commands and code run, links lead somewhere, numbers come from results/."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, write_images
+
+import compare
+from experiments.plans import read_plan, script_parser
+from models import build_model
+from models.attention import ATTENTIONS
+from training.flags import ESSENTIAL
+
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+TEXTS = {page: page.read_text() for page in PAGES}
+EVERYTHING = "\n".join(TEXTS.values())
+BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", TEXTS[page], re.M)]
+LINES = dict.fromkeys(line.strip() for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines())
+COMMANDS = [re.split(r"\s{2,}#|\s#\s", line)[0] for line in LINES if re.match(r"python (-m )?[\w/.]+", line)]
+TRAINING = ("train_vit.py", "train_cct.py", "train_resnet_attn.py")
+
+
+def dedented(block):
+    return "\n".join(line[4:] for line in block.splitlines())
+
+
+CODE = [
+    (page, [dedented(b) for p, b in BLOCKS if p == page and re.match(r" {4}(import|from|class|def) ", b)])
+    for page in PAGES
+]
+PLANS = [dedented(block) for _, block in BLOCKS if block.startswith("    title = ")]
+FOLDER = "--dataset folder --data-dir photos --cache-dir cache --device cpu"
+
+
+def made_small(script, argv):
+    """The arguments of a command, changed to a run of seconds on a folder of a few images."""
+    if "--resume" in argv and "auto" not in argv:
+        return [*argv, "--device", "cpu"]
+    small = ["--epochs", "1", "--batch-size", "32", *FOLDER.split()]
+    if script == "train_vit.py" and "vit_b_16" not in argv:
+        small += ["--embed-dim", "16", "--depth", "1", "--patch-size", "8"]
+        small += [] if "identity" in argv or "depthwise" in argv else ["--num-heads", "2"]
+    if script == "train_cct.py":
+        small += ["--model", "cct_2_3x2"]
+    if script == "train_resnet_attn.py":
+        small += ["--model", "xresnet18", "--image-size", "48"] if "woof" in argv else ["--width", "8"]
+    return [*argv, *small]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with plans/, results/, photos/, photo.jpg and a small trained run under each name that a page uses."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("plans", "results", "docs"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    shutil.copy(REPOSITORY / "README.md", folder)
+    write_images(folder / "photos", classes=("cat", "dog", "ship"), count=75)
+    shutil.copy(folder / "photos" / "cat" / "000.png", folder / "photo.jpg")
+    code = [block for _, blocks in CODE for block in blocks]
+    used = set(re.findall(r"checkpoints/([\w-]+)", "\n".join([*COMMANDS, *code])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in sorted(used):
+            script = next((s for s in TRAINING if name.startswith(s[6:9])), "train_vit.py")
+            argv = made_small(script, ["--run-name", name])
+            importlib.import_module(script[:-3]).main(argv)
+    return folder
+
+
+@pytest.fixture
+def inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    return workspace
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, inside):
+    """On small settings; benchmarks and the lesson have tests of their own, and plans are listed, not run."""
+    argv = shlex.split(command)[1:]
+    if argv[0] == "-m":
+        return argv[1] == "pytest" or parse(argv[1], argv[2:])
+    script, argv = argv[0], argv[1:]
+    if script == "lesson/vit.py":
+        return None
+    main = importlib.import_module(script.removesuffix(".py")).main
+    if script in TRAINING and not {"--help", "--help-all"} & set(argv):
+        if "--run-name" in argv and "auto" not in argv:
+            argv += ["--overwrite"]
+        argv = made_small(script, argv)
+    elif script in ("rollout.py", "attribute.py"):
+        argv = ["cat" if word == "ship" else word for word in argv]
+        argv += ["--device", "cpu"] + (["--num-images", "4"] if "--evaluate" in argv else [])
+    elif script == "campaign.py":
+        argv += ["--list", "--device", "cpu"]
+    return main(argv)
+
+
+def parse(module, argv):
+    """Check the flags of a benchmark, if it has a parser of its own."""
+    found = vars(importlib.import_module(module))
+    for name in found:
+        if name.endswith("_parser") and name != "speed_parser":
+            found[name]().parse_args(argv)
+
+
+@pytest.mark.parametrize(("page", "blocks"), [pair for pair in CODE if pair[1]], ids=str)
+def test_code_runs(page, blocks, inside, monkeypatch):
+    """The blocks of a page one after the other, with a model and images at hand."""
+    before = dict(ATTENTIONS)
+    scope = {"model": build_model("vit", embed_dim=16, depth=2, num_heads=2), "images": torch.zeros(2, 3, 32, 32)}
+    try:
+        for block in blocks:
+            small = ", ".join(map(repr, made_small("train_vit.py", [])))
+            exec(block.replace('"--dataset", "shapes"', small), scope)
+    finally:
+        ATTENTIONS.clear()
+        ATTENTIONS.update(before)
+    if page.name == "README.md":
+        assert scope["results"]["epochs"] == 1 and not scope["model"].training
+        assert scope["matrices"].shape[0] == 2
+
+
+def test_plans_can_be_read(inside):
+    for text in PLANS:
+        Path("documented.toml").write_text(text)
+        assert read_plan("documented.toml").rows
+
+
+def test_flags_exist():
+    scripts = [*TRAINING, "rollout.py", "benchmarks.train"]
+    others = {"attribute.py": "attribute_parser", "campaign.py": "campaign_parser", "compare.py": "compare_parser"}
+    parsers = [script_parser(script) for script in scripts]
+    parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    text = re.sub(r"^    (?!python).*$|https?:\S+", "", EVERYTHING, flags=re.M)
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--no-cache-dir", "--upgrade"}
+    assert len(ESSENTIAL) < len(known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_images_and_files_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)", TEXTS[page]):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    rooms = "models|training|pipeline|maps|experiments|lesson|results|plans"
+    for name in set(re.findall(rf"`((?:{rooms})/[\w./-]+\.\w+)`", TEXTS[page])) - {"maps/evaluation.json"}:
+        assert Path(name).exists(), name
+    for image in Path("docs/images").iterdir():
+        assert image.stat().st_size <= 300_000 and image.name in EVERYTHING
+
+
+def tables_of_maps():
+    """(header, rows) of the tables that name a file of results/maps/ in their header."""
+    for block in re.findall(r"(?:^\|.*\n)+", EVERYTHING, re.M):
+        header, _, *rows = ([cell.strip() for cell in line.strip("| \n").split("|")] for line in block.splitlines())
+        if any((Path("results/maps") / f"{cell.strip('`')}.json").exists() for cell in header):
+            yield header, rows
+
+
+@pytest.mark.parametrize(("header", "rows"), list(tables_of_maps()))
+def test_tables_of_maps_come_from_results(header, rows):
+    """Either a file with measures as columns, or a measure with files as columns; one row per method."""
+    assert len(rows) > 2
+    for name, *cells in rows:
+        for column, cell in zip(header[1:], cells, strict=True):
+            file, measure = (header[0], column) if header[0].startswith("`") else (column, header[0])
+            scores = json.loads((Path("results/maps") / f"{file.strip('`')}.json").read_text())["scores"][name]
+            assert cell == ("{:.3f} ± {:.3f}".format(*scores[measure]) if measure in scores else "-")
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| .*`results/[\w.-]+`.*$", EVERYTHING, re.M))
+def test_numbers_come_from_results(row):
+    result = json.loads(Path(re.search(r"`(results/[\w.-]+)`", row)[1]).read_text())
+    accuracy = f"{result['test_accuracy']:.2%}".replace("%", " %")
+    for said in (accuracy, f"{result['params']:,}", result["device"], f"{result['epochs']} epochs"):
+        assert said in row, said
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in TEXTS[page]], ids=str)
+def test_tables_are_what_results_give(page):
+    assert compare.filled_tables(TEXTS[page], "results") == TEXTS[page]
+
+
+def test_readme_is_short():
+    assert len(TEXTS[Path("README.md")].splitlines()) <= 200

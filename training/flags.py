@@ -1,0 +1,209 @@
+"""The flags that all training scripts share, the types of their values, and the parser that explains them."""
+
+import argparse
+import math
+
+from errors import UserError
+
+# what --help shows; --help-all shows every flag
+ESSENTIAL = {
+    *("help", "help_all", "recipe", "summary", "dataset", "data_dir", "image_size", "val_fraction", "aa"),
+    *("epochs", "batch_size", "lr", "opt", "seed", "device", "run_name", "out_dir", "resume", "overwrite", "minutes"),
+    *("model", "pretrained", "init_from", "patch_size", "embed_dim", "depth", "num_heads"),  # of the models
+    *("attention", "freeze"),
+}
+
+# What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
+# differ in it are not of one group.
+FLAG_KINDS = {
+    # where things are: kept when a run is resumed unless given anew, left out of results
+    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs"), "place"),
+    # what a machine bears: not kept when a run is resumed, left out of results
+    **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
+    # of this start alone: as the line above, and campaign.py sets them itself
+    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
+}
+
+
+def flag_kind(name):
+    """ "place", "machine" or "start" (see FLAG_KINDS), or "run" for a part of the run."""
+    return FLAG_KINDS.get(name, "run")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Appends each flag's default to its help."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {shown.replace('%', '%%') or 'none'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
+
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class TrainingParser(Parser):
+    """A parser of many flags whose help shows the ESSENTIAL ones."""
+
+    def __init__(self, script, description):
+        super().__init__(description, prog=script, add_help=False, usage="python %(prog)s [FLAGS]")
+
+    def help_text(self, *, everything):
+        """The help as text, of all flags or of the ESSENTIAL ones."""
+        left_out = [action for action in self._actions if not everything and action.dest not in ESSENTIAL]
+        texts = [action.help for action in left_out]
+        for action in left_out:
+            action.help = argparse.SUPPRESS
+        text = self.format_help()
+        for action, help_text in zip(left_out, texts):
+            action.help = help_text
+        return text if everything else f"{text}\n{len(left_out)} more flags: --help-all\n"
+
+
+def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """A flag's type: an int or float with low <= value <= high and above < value < below."""
+    bounds = {"at least": low, "above": above, "at most": high, "below": below}
+    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and above < value < below):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type by it
+    return convert
+
+
+def at_least(low, kind=int):
+    return number(kind, low=low)
+
+
+positive = number(above=0)
+fraction = number(low=0, below=1)
+probability = number(low=0, high=1)
+
+
+def make_parser(script, description, *, recipes, datasets, policies):
+    """A TrainingParser with the flags of every training script; the script (its file) adds those of its model.
+
+    recipes, datasets and policies (of augmentation) are the names that --recipe, --dataset and --aa accept.
+    """
+    parser = TrainingParser(script, description)
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show the flags that most users set")
+    add("--help-all", action="store_true", help="show all flags")
+    add("--recipe", choices=recipes, metavar="NAME", help=f"defaults: {', '.join(recipes)}; any flag overrides them")
+    add("--summary", action="store_true", help="print the model layer by layer and stop")
+    add_data_flags(parser.add_argument_group("images"), datasets)
+    add_augmentation_flags(parser.add_argument_group("augmentation, drawn anew for every image"), policies)
+    add_optimizer_flags(parser.add_argument_group("training"))
+    add_schedule_flags(parser.add_argument_group("schedule and regularisation"))
+    add_run_flags(parser.add_argument_group("the run and its folder"))
+    return parser
+
+
+def add_data_flags(group, datasets):
+    add = group.add_argument
+    add("--dataset", choices=datasets, metavar="NAME", help=", ".join(datasets))
+    add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
+    add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
+    add("--image-size", type=at_least(1), metavar="PIXELS", help="resize images; above 64, folders are cropped")
+    help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
+    add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
+    help_text = "choose by this share of the training images, not by the test set"
+    add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
+    help_text = "share of the images that become the test set, if a folder has no test/"
+    add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
+    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
+    help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"
+    add("--cache-gib", type=at_least(0, float), metavar="GIB", help=help_text)
+    help_text = "processes that decode images if memory does not hold them (default: one per core, 16 at most)"
+    add("--workers", type=at_least(0), metavar="N", help=help_text)
+
+
+def add_augmentation_flags(group, policies):
+    add = group.add_argument
+    add("--hflip", type=probability, metavar="P", default=0.5, help="mirror; 0 if left and right matter, as in digits")
+    add("--crop-padding", type=at_least(0), metavar="PIXELS", default=0, help="shift by up to this many pixels")
+    help_text = "area of a random resized crop; narrow it if objects are small"
+    add("--scale", type=positive, nargs=2, metavar=("MIN", "MAX"), help=help_text)
+    add("--ratio", type=positive, nargs=2, metavar=("MIN", "MAX"), help="width / height of that crop")
+    add("--rotate", type=at_least(0, float), metavar="DEGREES", default=0.0, help="rotate by up to this angle")
+    help_text = f"none, {', '.join(policies)}: a policy of augmentation, for long runs that overfit"
+    add("--aa", choices=("none", *policies), default="none", metavar="NAME", help=help_text)
+    add("--fill", type=number(int, low=0, high=255), default=0, help="grey level that --aa and --rotate uncover")
+    add("--reprob", type=probability, metavar="P", default=0.0, help="erase a random rectangle, in long runs")
+    add("--cutout", type=at_least(0), metavar="PIXELS", default=0, help="erase a random square of this side")
+    help_text = "blend pairs of images, in runs of 50 epochs or more"
+    add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+    help_text = "paste a box of another image; with --mixup, one or the other for each batch"
+    add("--cutmix", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+
+
+def add_optimizer_flags(group):
+    add = group.add_argument
+    add("--epochs", type=at_least(1), metavar="N", help="more are slower and better; 2 give a first look")
+    add("--batch-size", type=at_least(1), metavar="N", help="halve it, and --lr with it, if memory runs out")
+    add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
+    help_text = "sgd, adam, adamw or muon, which learns most in few epochs"
+    add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
+    add("--seed", type=at_least(0), metavar="N", default=0, help="of weights, order, augmentation and dropout")
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    help_text = "mixed precision; auto uses what the device is fast at, off is float32 (TF32 on a GPU)"
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=help_text)
+    help_text = "torch.compile; auto compiles on a GPU, for long runs"
+    add("--compile", choices=("auto", "on", "off"), default="auto", help=help_text)
+    add("--momentum", type=fraction, default=0.9, help="of sgd")
+    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help="of adam and adamw")
+    add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
+    add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
+    help_text = "also decay biases, normalisation and embeddings"
+    add("--decay-all", action=argparse.BooleanOptionalAction, help=help_text)
+    help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
+    add("--drop-last", action=argparse.BooleanOptionalAction, default=False, help=help_text)
+
+
+def add_schedule_flags(group):
+    add = group.add_argument
+    help_text = "of the learning rate: steps down, warm-up and cosine, or one cycle"
+    add("--sched", choices=("multistep", "cosine", "onecycle"), help=help_text)
+    help_text = "epochs after which multistep lowers the learning rate (default: 5/8 and 15/16 of all)"
+    add("--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help=help_text)
+    add("--gamma", type=positive, default=0.1, help="factor by which multistep lowers it")
+    help_text = "of cosine; raise it if the first epochs diverge (default: a tenth of all)"
+    add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
+    add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
+    add("--smoothing", type=fraction, default=0.0, help="label smoothing")
+    help_text = "evaluate an average of the weights over this memory, say 0.999; 0 is off"
+    add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help=help_text)
+    add("--clip-grad", type=positive, metavar="NORM", help="limit the gradient's norm, say to 1, if the loss jumps")
+    help_text = "stop after N epochs without a better validation accuracy"
+    add("--patience", type=at_least(1), metavar="N", help=help_text)
+
+
+def add_run_flags(group):
+    add = group.add_argument
+    add("--run-name", metavar="NAME", help="write to OUT_DIR/NAME (default: the model's name)")
+    add("--out-dir", metavar="DIR", default="checkpoints", help="where runs are written, say a mounted drive")
+    add("--resume", metavar="RUN", help="a run's folder to resume; auto: resume if it exists, else start it")
+    add("--overwrite", action="store_true", help="replace a run of the same name")
+    add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    help_text = "save within an epoch every M minutes"
+    add("--save-minutes", type=positive, metavar="M", default=10.0, help=help_text)
+    help_text = "keep the checkpoints after these epochs"
+    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--profile", action="store_true", help="also write where the time of ten steps goes")
