@@ -44,7 +44,7 @@ REPORT = {
     "batch_size": 128,  # the authors' training script
     "lr": 5e-4,  # the authors' training script
     "weight_decay": 3e-2,  # the authors' training script
-    "decay_all": True,  # so does it there
+    "decay_all": True,  # as there
     "sched": "cosine",  # the report, with a tenth of the epochs to warm up
     "smoothing": 0.1,  # the report, and the authors' training script
     "aa": "auto",  # the report
@@ -64,13 +64,14 @@ STRONG = REPORT | {  # ours: the same models, and as many epochs
     "mixup": 0.8,  # this and cutmix: the authors' configuration for 300 epochs
     "cutmix": 1.0,
 }
-LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}  # of strong, in runs too short for more
+# strong leaves out in short runs what only pays in long ones
+LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 RECIPES = {
     "report": REPORT,
     "strong": STRONG,
     "quick": STRONG | LIGHT | {"dataset": "shapes", "model": "cct_2_3x2", "epochs": 6},  # ours
 }
-SHORT = 50  # below so many epochs strong takes what is in LIGHT
+SHORT = 50  # strong takes LIGHT below this number of epochs
 MODEL_FLAGS = dict.fromkeys(
     COMPACT_MODELS, ("image_size", "positional_embedding", "attention", "drop", "attn_drop", "drop_path")
 ) | dict.fromkeys(NANO_MODELS, ("image_size", "attention", "attn_drop", "drop_path"))

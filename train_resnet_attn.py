@@ -92,8 +92,8 @@ STRONG = SURVEY | {  # ours: the same models
     "sched": "cosine",
     "smoothing": 0.1,
 }
-LIGHT = {"cutout": 0}  # of strong, in runs too short for more
-LARGE = {  # of strong, on the images of woof
+LIGHT = {"cutout": 0}  # in short runs strong leaves out what only pays in long ones
+LARGE = {  # strong on the images of woof
     **{name: WOOF[name] for name in ("model", "image_size", "scale", "ratio", "crop_padding", "epochs", "batch_size")},
     "cutout": 0,
 }
@@ -103,7 +103,7 @@ RECIPES = {
     "strong": STRONG,
     "quick": SURVEY | {"dataset": "shapes", "epochs": 3, "width": 16, "rotate": 0.0, "attention": "graph"},  # ours
 }
-SHORT = 30  # below so many epochs strong takes what is in LIGHT
+SHORT = 30  # strong takes LIGHT below this number of epochs
 MODEL_FLAGS = dict.fromkeys(
     RESNETS,
     (

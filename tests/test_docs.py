@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -26,15 +27,9 @@ COMMANDS = [re.split(r"\s{2,}#|\s#\s", line)[0] for line in LINES if re.match(r"
 TRAINING = ("train_vit.py", "train_cct.py", "train_resnet_attn.py")
 
 
-def dedented(block):
-    return "\n".join(line[4:] for line in block.splitlines())
-
-
-CODE = [
-    (page, [dedented(b) for p, b in BLOCKS if p == page and re.match(r" {4}(import|from|class|def) ", b)])
-    for page in PAGES
-]
-PLANS = [dedented(block) for _, block in BLOCKS if block.startswith("    title = ")]
+CODE = {page: [dedent(b) for p, b in BLOCKS if p == page and re.match(r" +(import|from) ", b)] for page in PAGES}
+del CODE[Path("docs/reading.md")]  # tests/test_lesson.py runs it, in one session
+PLANS = [dedent(block) for _, block in BLOCKS if block.startswith("    title = ")]
 FOLDER = "--dataset folder --data-dir photos --cache-dir cache --device cpu"
 
 
@@ -62,7 +57,10 @@ def workspace(tmp_path_factory):
     shutil.copy(REPOSITORY / "README.md", folder)
     write_images(folder / "photos", classes=("cat", "dog", "ship"), count=75)
     shutil.copy(folder / "photos" / "cat" / "000.png", folder / "photo.jpg")
-    code = [block for _, blocks in CODE for block in blocks]
+    for name in set(re.findall(r"plans/[\w-]+\.toml", "\n".join(COMMANDS))):
+        if not (folder / name).exists():  # a page tells the reader to write it
+            (folder / name).write_text(PLANS[0])
+    code = [block for blocks in CODE.values() for block in blocks]
     used = set(re.findall(r"checkpoints/([\w-]+)", "\n".join([*COMMANDS, *code])))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -79,8 +77,16 @@ def inside(workspace, monkeypatch):
     return workspace
 
 
+@pytest.fixture
+def extended():
+    """The attention that docs/extending.md adds."""
+    exec(CODE[Path("docs/extending.md")][0], {})
+    yield
+    del ATTENTIONS["cosine"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, inside):
+def test_commands_run(command, inside, extended):
     """On small settings; benchmarks and the lesson have tests of their own, and plans are listed, not run."""
     argv = shlex.split(command)[1:]
     if argv[0] == "-m":
@@ -109,18 +115,13 @@ def parse(module, argv):
             found[name]().parse_args(argv)
 
 
-@pytest.mark.parametrize(("page", "blocks"), [pair for pair in CODE if pair[1]], ids=str)
-def test_code_runs(page, blocks, inside, monkeypatch):
-    """The blocks of a page one after the other, with a model and images at hand."""
-    before = dict(ATTENTIONS)
+@pytest.mark.parametrize(("page", "blocks"), [item for item in CODE.items() if item[1]], ids=str)
+def test_code_runs(page, blocks, inside, extended):
+    """The blocks of a page one after the other, given a model and images."""
     scope = {"model": build_model("vit", embed_dim=16, depth=2, num_heads=2), "images": torch.zeros(2, 3, 32, 32)}
-    try:
-        for block in blocks:
-            small = ", ".join(map(repr, made_small("train_vit.py", [])))
-            exec(block.replace('"--dataset", "shapes"', small), scope)
-    finally:
-        ATTENTIONS.clear()
-        ATTENTIONS.update(before)
+    small = ", ".join(map(repr, made_small("train_vit.py", [])))
+    for block in blocks:
+        exec(block.replace('"--dataset", "shapes"', small), scope)
     if page.name == "README.md":
         assert scope["results"]["epochs"] == 1 and not scope["model"].training
         assert scope["matrices"].shape[0] == 2
@@ -173,12 +174,25 @@ def test_tables_of_maps_come_from_results(header, rows):
             assert cell == ("{:.3f} ± {:.3f}".format(*scores[measure]) if measure in scores else "-")
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| .*`results/[\w.-]+`.*$", EVERYTHING, re.M))
+@pytest.mark.parametrize("row", re.findall(r"^\| .*`results/[\w.-]+\.json`.*$", EVERYTHING, re.M))
 def test_numbers_come_from_results(row):
     result = json.loads(Path(re.search(r"`(results/[\w.-]+)`", row)[1]).read_text())
     accuracy = f"{result['test_accuracy']:.2%}".replace("%", " %")
     for said in (accuracy, f"{result['params']:,}", result["device"], f"{result['epochs']} epochs"):
         assert said in row, said
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\|.*`([\w-]+)` \| \d+ \| \d+ \| (.*) \|$", TEXTS[Path("docs/your-images.md")], re.M)
+)
+def test_numbers_of_your_images_come_from_results(row):
+    """The last training, validation and test accuracy of each seed, in per cent."""
+    name, cells = row
+    runs = [json.loads(path.read_text()) for path in sorted(Path("results/your-images").glob(f"{name}-seed-?.json"))]
+    logs = [path.read_text().splitlines() for path in sorted(Path("results/your-images").glob(f"{name}-seed-?.csv"))]
+    train = [float(log[-1].split(",")[log[0].split(",").index("train_accuracy")]) for log in logs]
+    found = train, [run["val_accuracy"] for run in runs], [run["test_accuracy"] for run in runs]
+    assert cells == " | ".join(", ".join(f"{100 * value:.1f}" for value in values) for values in found)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in TEXTS[page]], ids=str)

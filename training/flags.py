@@ -16,11 +16,11 @@ ESSENTIAL = {
 # What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
 # differ in it are not of one group.
 FLAG_KINDS = {
-    # where things are: kept when a run is resumed unless given anew, left out of results
+    # where things are: kept when a run is resumed unless given again, left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs"), "place"),
-    # what a machine bears: not kept when a run is resumed, left out of results
+    # what a machine can hold: not kept when a run is resumed, left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
-    # of this start alone: as the line above, and campaign.py sets them itself
+    # of one start alone: like "machine", and campaign.py sets them itself
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
 }
 
@@ -108,7 +108,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--recipe", choices=recipes, metavar="NAME", help=f"defaults: {', '.join(recipes)}; any flag overrides them")
     add("--summary", action="store_true", help="print the model layer by layer and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
-    add_augmentation_flags(parser.add_argument_group("augmentation, drawn anew for every image"), policies)
+    add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
     add_schedule_flags(parser.add_argument_group("schedule and regularisation"))
     add_run_flags(parser.add_argument_group("the run and its folder"))

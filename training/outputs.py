@@ -17,18 +17,9 @@ from files import write_atomically
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
 
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
-    "images_per_second",
-    "peak_memory_bytes",
+COLUMNS = (  # of log.csv
+    *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
+    *("seconds", "images_per_second", "peak_memory_bytes"),
 )
 
 
