@@ -64,14 +64,13 @@ STRONG = REPORT | {  # ours: the same models, and as many epochs
     "mixup": 0.8,  # this and cutmix: the authors' configuration for 300 epochs
     "cutmix": 1.0,
 }
-# strong leaves out in short runs what only pays in long ones
+SHORT = 50  # below so many epochs, strong leaves out what only helps in long runs
 LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 RECIPES = {
     "report": REPORT,
     "strong": STRONG,
     "quick": STRONG | LIGHT | {"dataset": "shapes", "model": "cct_2_3x2", "epochs": 6},  # ours
 }
-SHORT = 50  # strong takes LIGHT below this number of epochs
 MODEL_FLAGS = dict.fromkeys(
     COMPACT_MODELS, ("image_size", "positional_embedding", "attention", "drop", "attn_drop", "drop_path")
 ) | dict.fromkeys(NANO_MODELS, ("image_size", "attention", "attn_drop", "drop_path"))
@@ -141,7 +140,7 @@ def main(argv=None):
     run.begin(checkpoint)
 
     # Epochs
-    with StopRequests(args.minutes, since=start.time) as stop, memory_watched(run):
+    with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(

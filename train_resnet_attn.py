@@ -42,9 +42,9 @@ SURVEY = {
     "model": "resnet18",  # the survey
     "attention": "none",  # the trunk comes first
     "image_size": 32,  # the survey
-    "crop_padding": 4,  # the survey crops; so much in the tutorial of its trainer library, PyTorch Lightning
+    "crop_padding": 4,  # the survey crops; the padding is that of PyTorch Lightning's tutorial
     "hflip": 0.5,  # the survey
-    "rotate": 15.0,  # the survey turns; how far is ours
+    "rotate": 15.0,  # the survey rotates; the angle is ours
     "epochs": 30,  # the tutorial, as all below
     "batch_size": 64,
     "opt": "sgd",
@@ -92,7 +92,8 @@ STRONG = SURVEY | {  # ours: the same models
     "sched": "cosine",
     "smoothing": 0.1,
 }
-LIGHT = {"cutout": 0}  # in short runs strong leaves out what only pays in long ones
+SHORT = 30  # below so many epochs, strong leaves out what only helps in long runs
+LIGHT = {"cutout": 0}
 LARGE = {  # strong on the images of woof
     **{name: WOOF[name] for name in ("model", "image_size", "scale", "ratio", "crop_padding", "epochs", "batch_size")},
     "cutout": 0,
@@ -103,7 +104,6 @@ RECIPES = {
     "strong": STRONG,
     "quick": SURVEY | {"dataset": "shapes", "epochs": 3, "width": 16, "rotate": 0.0, "attention": "graph"},  # ours
 }
-SHORT = 30  # strong takes LIGHT below this number of epochs
 MODEL_FLAGS = dict.fromkeys(
     RESNETS,
     (
@@ -218,7 +218,7 @@ def main(argv=None):
     run.begin(checkpoint)
 
     # Epochs
-    with StopRequests(args.minutes, since=start.time) as stop, memory_watched(run):
+    with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(

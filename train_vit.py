@@ -10,7 +10,9 @@ What a run writes to checkpoints/vit/ is listed in README.md.
 """
 # What the second command prints, on two cores of an AMD EPYC:
 # recipe quick: shapes, 10 epochs, batch 64, lr 0.002
-# vit, 311,338 parameters, 8 x 8 patches
+# ...
+# vit, 311,338 parameters, a grid of 8 x 8 patches
+# ...
 # epoch  1/10   lr 1.99e-03   train 1.9595  21.20%   val 1.6490  30.15%      16.1 s   1,288 images/s
 # ...
 # epoch 10/10   lr 6.22e-10   train 0.1269  95.75%   val 0.1988  93.15%      20.1 s   1,026 images/s
@@ -79,7 +81,7 @@ STRONG = REPORT | {  # ours: the report's model, and as many epochs
     "cutmix": 1.0,
     "save_epochs": [],
 }
-# strong leaves out in short runs what only pays in long ones
+SHORT = 50  # below so many epochs, strong leaves out what only helps in long runs
 LIGHT = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
 RECIPES = {
     "report": REPORT,
@@ -108,7 +110,6 @@ RECIPES = {
         "drop": 0.0,
     },
 }
-SHORT = 50  # strong takes LIGHT below this number of epochs
 MODEL_FLAGS = {  # {model: the flags that it accepts}
     "vit": (
         *("image_size", "patch_size", "pad", "embed_dim", "depth", "num_heads"),
@@ -140,7 +141,7 @@ def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
     short = name == "strong" and given.get("epochs", SHORT) < SHORT
-    return name, {"model": "vit"} | RECIPES[name] | (LIGHT if short else {})
+    return name, RECIPES[name] | (LIGHT if short else {})
 
 
 def start_from_imagenet(model, args, checkpoint):
@@ -191,7 +192,7 @@ def main(argv=None):
     run.begin(checkpoint)
 
     # Epochs
-    with StopRequests(args.minutes, since=start.time) as stop, memory_watched(run):
+    with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
                 train_one_epoch(

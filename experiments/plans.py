@@ -174,7 +174,7 @@ def misfit(row, result):
     """Why a result is not of this row; None if it is."""
     values = {"script": (result["script"], row.script)}  # {name: (in the result, in the plan)}
     for name, value in row.given.items():
-        if flag_kind(name) == "run" and name != "init_from":  # results leave out the others
+        if flag_kind(name) == "run":  # results leave out the other kinds
             values[as_flag(name)] = result["args"].get(name), value
     if row.init_from:
         values["init_from"] = result.get("init_from"), run_name(row.init_from, result["seed"])

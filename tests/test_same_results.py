@@ -1,5 +1,8 @@
-"""Twenty steps of each script end where they ended when tests/data/same_results.json was written: a change that was
-meant to move code alone has moved no number. To record anew: PYTHONPATH=.:tests python tests/test_same_results.py."""
+"""Twenty steps of each script end where they ended when tests/data/same_results.json was written.
+
+So a change that was meant to move code alone has moved no number. To record the weights of another kind of processor:
+`PYTHONPATH=.:tests python tests/test_same_results.py`; with --losses the losses are recorded again as well.
+"""
 
 import csv
 import hashlib

@@ -266,13 +266,15 @@ BAD_FLAGS = {
     "--device abacus": ["--device", "abacus"],
     "--resume nowhere: there is no last.pt in it": ["--resume", "nowhere"],
     "--overwrite and --resume exclude each other": ["--resume", "auto", "--overwrite"],
+    "--resume there writes to that folder: leave out --run-name": ["--resume", "there", "--run-name", "mine"],
 }
 
 
 @pytest.mark.parametrize("message", BAD_FLAGS)
 def test_a_mistake_is_named(message, tmp_path):
     with pytest.raises(UserError) as error:
-        train_vit.main([*BAD_FLAGS[message], "--out-dir", str(tmp_path)])
+        where = [] if message.startswith("--resume nowhere") else ["--out-dir", str(tmp_path)]
+        train_vit.main([*BAD_FLAGS[message], *where])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -333,7 +335,7 @@ def test_a_damaged_checkpoint_goes_on_from_the_one_before(folder_flags, tmp_path
 def test_a_name_that_is_taken_and_a_folder_that_cannot_be_written(folder_flags, tmp_path):
     train_vit.main([*folder_flags, "--epochs", "1", "--run-name", "mine"])
     before = (tmp_path / "runs/mine/last.pt").read_bytes()
-    with pytest.raises(UserError, match="--run-name mine: .* exists; --resume .* --overwrite"):
+    with pytest.raises(UserError, match="--run-name mine: .* exists; use --resume .*, or --overwrite"):
         train_vit.main([*folder_flags, "--run-name", "mine"])
     with pytest.raises(UserError, match="--image-size 30"):
         train_vit.main([*folder_flags, "--run-name", "mine", "--overwrite", "--image-size", "30"])

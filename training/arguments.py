@@ -11,7 +11,7 @@ from training.run import choose_folder, finished_result
 
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
-EFFECTIVE = {
+EFFECT_CONDITIONS = {
     "milestones": (lambda args: args.sched == "multistep", "--sched multistep"),
     "gamma": (lambda args: args.sched == "multistep", "--sched multistep"),
     "warmup_epochs": (lambda args: args.sched == "cosine", "--sched cosine"),
@@ -22,12 +22,14 @@ EFFECTIVE = {
     ),
     "opt_betas": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
     "opt_eps": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
+    "ratio": (lambda args: args.scale, "--scale"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
     "attention_after": (lambda args: args.attention != "none", "--attention"),
     "attention_in": (lambda args: args.attention != "none", "--attention"),
+    "attention_gamma": (lambda args: args.attention != "none", "--attention"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
-    "attn_drop": (lambda args: args.attention not in HEADLESS, "an --attention with weights"),
+    "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
 }
 
 
@@ -40,7 +42,7 @@ class Start(NamedTuple):
     folder: object = None
     checkpoint: dict | None = None  # of the run to resume
     result: dict | None = None
-    time: float = 0.0  # of time.monotonic() when the script began, from which --minutes count
+    began: float = 0.0  # time.monotonic() when the script began, from which --minutes count
 
     def model_args(self, num_classes):
         """The keyword arguments of the model that the flags ask for."""
@@ -57,7 +59,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     began = time.monotonic()
     given = given_arguments(parser, argv)
     recipe, defaults = chosen_recipe(given)
-    start = Start(parser.prog, model_flags, time=began)
+    start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):
         parser.set_defaults(**defaults, recipe=recipe)
         print(parser.help_text(everything="help_all" in given))
@@ -104,9 +106,9 @@ def as_flag(name):
 
 
 def check_effects(given, args):
-    """Raises UserError for a flag given that would change nothing with the others."""
+    """Raises UserError for a flag that has no effect with the other values."""
     for name in given:
-        has_effect, needed = EFFECTIVE.get(name, (None, None))
+        has_effect, needed = EFFECT_CONDITIONS.get(name, (None, None))
         if needed and not has_effect(args):
             raise UserError(f"{as_flag(name)} has no effect here: it needs {needed}")
 
@@ -116,9 +118,9 @@ def check_model_flags(given, model_flags, model):
 
     --image-size is a flag of the images as well, and fits every model.
     """
-    for name in given.keys() - {"image_size"}:
+    for name in given:
         users = [other for other, flags in model_flags.items() if name in flags]
-        if users and model not in users:
+        if users and model not in users and name != "image_size":
             raise UserError(f"{as_flag(name)}: {model} does not take it")
 
 

@@ -16,11 +16,11 @@ ESSENTIAL = {
 # What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
 # differ in it are not of one group.
 FLAG_KINDS = {
-    # where things are: kept when a run is resumed unless given again, left out of results
-    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs"), "place"),
-    # what a machine can hold: not kept when a run is resumed, left out of results
+    # kept when a run is resumed, unless given again; left out of results
+    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
-    # of one start alone: like "machine", and campaign.py sets them itself
+    # the same, and not allowed in a plan: they belong to one start
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
 }
 
@@ -63,13 +63,9 @@ class TrainingParser(Parser):
     def help_text(self, *, everything):
         """The help as text, of all flags or of the ESSENTIAL ones."""
         left_out = [action for action in self._actions if not everything and action.dest not in ESSENTIAL]
-        texts = [action.help for action in left_out]
         for action in left_out:
             action.help = argparse.SUPPRESS
-        text = self.format_help()
-        for action, help_text in zip(left_out, texts):
-            action.help = help_text
-        return text if everything else f"{text}\n{len(left_out)} more flags: --help-all\n"
+        return self.format_help() + (f"\n{len(left_out)} more flags: --help-all\n" if left_out else "")
 
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
@@ -105,7 +101,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show the flags that most users set")
     add("--help-all", action="store_true", help="show all flags")
-    add("--recipe", choices=recipes, metavar="NAME", help=f"defaults: {', '.join(recipes)}; any flag overrides them")
+    add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model layer by layer and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
@@ -123,7 +119,7 @@ def add_data_flags(group, datasets):
     add("--image-size", type=at_least(1), metavar="PIXELS", help="resize images; above 64, folders are cropped")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
-    help_text = "choose by this share of the training images, not by the test set"
+    help_text = "share of the training images to validate on; the test set is then opened once"
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
@@ -161,14 +157,15 @@ def add_optimizer_flags(group):
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
     help_text = "sgd, adam, adamw or muon, which learns most in few epochs"
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
-    add("--seed", type=at_least(0), metavar="N", default=0, help="of weights, order, augmentation and dropout")
+    add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    help_text = "mixed precision; auto uses what the device is fast at, off is float32 (TF32 on a GPU)"
+    help_text = "mixed precision; auto takes the type that the device is fast at, off is float32 (TF32 on a GPU)"
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=help_text)
     help_text = "torch.compile; auto compiles on a GPU, for long runs"
     add("--compile", choices=("auto", "on", "off"), default="auto", help=help_text)
-    add("--momentum", type=fraction, default=0.9, help="of sgd")
-    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help="of adam and adamw")
+    add("--momentum", type=fraction, default=0.9, help="momentum of sgd")
+    help_text = "of adam and adamw; onecycle sets the first"
+    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help=help_text)
     add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
     help_text = "also decay biases, normalisation and embeddings"
@@ -179,16 +176,16 @@ def add_optimizer_flags(group):
 
 def add_schedule_flags(group):
     add = group.add_argument
-    help_text = "of the learning rate: steps down, warm-up and cosine, or one cycle"
+    help_text = "schedule of the learning rate: steps down, warm-up and cosine, or one cycle"
     add("--sched", choices=("multistep", "cosine", "onecycle"), help=help_text)
     help_text = "epochs after which multistep lowers the learning rate (default: 5/8 and 15/16 of all)"
     add("--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help=help_text)
     add("--gamma", type=positive, default=0.1, help="factor by which multistep lowers it")
-    help_text = "of cosine; raise it if the first epochs diverge (default: a tenth of all)"
+    help_text = "length of cosine's warm-up; raise it if the first epochs diverge (default: a tenth)"
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
-    help_text = "evaluate an average of the weights over this memory, say 0.999; 0 is off"
+    help_text = "decay of a moving average of the weights, which is then evaluated, say 0.999"
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help=help_text)
     add("--clip-grad", type=positive, metavar="NORM", help="limit the gradient's norm, say to 1, if the loss jumps")
     help_text = "stop after N epochs without a better validation accuracy"

@@ -109,7 +109,7 @@ class Watch:
         self.run, self.stop = run, stop
         profiled = run.args.profile and run.epoch == run.first_epoch
         self.profiler = StepProfiler(run.folder, run.device) if profiled else None
-        self.last_step = self.last_refresh = self.last_save = time.monotonic()
+        self.last_step = self.last_refresh = time.monotonic()
         self.bar = tqdm(
             total=steps_per_epoch,
             initial=run.sums["step"],
@@ -139,10 +139,10 @@ class Watch:
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
-        if now - self.last_save > 60 * self.run.args.save_minutes:
+        if now - self.run.last_writing > 60 * self.run.args.save_minutes:
             self.refresh(sums)
             self.run.write()
-            self.last_save = time.monotonic()
+            self.last_step = time.monotonic()  # writing is no part of a step
         return self.stop.wanted()
 
     def refresh(self, sums):

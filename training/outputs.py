@@ -31,7 +31,7 @@ def print_header(args, precision):
 
 def print_model(name, model, cells):
     """A model's size, and the grid of what it attends to: cells are its patches, tokens or positions."""
-    print(f"{name}, {count_parameters(model):,} parameters, {model.grid[0]} x {model.grid[1]} {cells}")
+    print(f"{name}, {count_parameters(model):,} parameters, a grid of {model.grid[0]} x {model.grid[1]} {cells}")
 
 
 def epoch_line(row, epochs):
@@ -130,7 +130,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
     result = {
         "script": run.script,
         "recipe": args["recipe"],
-        "args": {name: value for name, value in args.items() if flag_kind(name) == "run" and name != "init_from"},
+        "args": {name: value for name, value in args.items() if flag_kind(name) == "run"},
         "model": args["model"],
         "init_from": Path(args["init_from"]).name if args.get("init_from") else None,
         "params": count_parameters(run.model),

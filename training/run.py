@@ -46,6 +46,8 @@ def choose_folder(given, *, default_name, default_dir):
         raise UserError("--overwrite and --resume exclude each other")
     if resume and resume != "auto":
         folder = Path(resume)
+        if "run_name" in given or "out_dir" in given:
+            raise UserError(f"--resume {folder} writes to that folder: leave out --run-name and --out-dir")
         if not has_checkpoint(folder):
             raise UserError(f"--resume {folder}: there is no last.pt in it")
         return folder, True
@@ -57,10 +59,11 @@ def choose_folder(given, *, default_name, default_dir):
         return folder, has_checkpoint(folder)
     if is_taken(folder) and not given.get("overwrite"):
         if "run_name" in given:
-            raise UserError(f"--run-name {folder.name}: {folder} exists; --resume {folder} or --overwrite, please")
+            raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)
         while is_taken(folder):
             folder = out_dir / f"{default_name}-{next(numbers)}"
+        print(f"{out_dir / default_name} exists: this run is written to {folder}")
     return folder, False
 
 
@@ -145,7 +148,7 @@ class Run:
         if self.history:
             write_log(self.folder / "log.csv", self.history)
             draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
-        # last: a run that is killed before this line resumes from the last.pt before, and misses none of the above
+        # last: a run killed before this line resumes from the previous last.pt and writes the files above again
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
         self.last_writing = time.monotonic()
         self.writing_seconds = self.last_writing - started
@@ -161,10 +164,7 @@ class Run:
         """Whether the last --patience epochs brought no better validation accuracy."""
         accuracies = [row["val_accuracy"] for row in self.history]
         patience = self.args.patience
-        out = bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
-        if out:
-            print(f"no better validation accuracy in {patience} epochs: stopping early")
-        return out
+        return bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
 
     def end_epoch(self, scores):
         """Print and write what an epoch leaves behind: the checkpoints that it earns, log.csv and curves.png.
@@ -182,7 +182,7 @@ class Run:
         for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} has the epochs before"
+                    f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} holds what was saved before"
                 )
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
@@ -212,7 +212,8 @@ class Run:
 
         Prints what the folder holds, and returns what result.json holds.
         """
-        if self.epoch < self.args.epochs:  # out of patience
+        if self.epoch < self.args.epochs:
+            print(f"no better validation accuracy in {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
