@@ -1,10 +1,10 @@
 """Train a compact transformer (ViT-Lite, CVT, CCT) on small images.
 
     python train_cct.py --device cuda                  the CCT report's run: CCT-6/3x1, CIFAR-100, 200 epochs
-    python train_cct.py --recipe strong --device cuda  the same model, trained better
+    python train_cct.py --recipe strong --device cuda  the same model by our own recipe
     python train_cct.py --dataset shapes               drawn shapes, three minutes on two CPU cores
 
-Recipes: report has the CCT report's values; strong trains the same models better; quick is for --dataset shapes.
+Recipes: report has the CCT report's values; strong is ours for the same models; quick is for --dataset shapes.
 
 What a run writes to checkpoints/cct_6_3x1/ is listed in README.md.
 """

@@ -5,7 +5,7 @@
     python train_resnet_attn.py --recipe woof --attention simple          SimpleSelfAttention's xresnet50 on Imagewoof
     python train_resnet_attn.py --dataset shapes                          drawn shapes, three minutes on two CPU cores
 
-Recipes: survey and woof have these documents' values; strong trains the same models better; quick is for --dataset
+Recipes: survey and woof have these documents' values; strong is ours for the same models; quick is for --dataset
 shapes. What a run writes to checkpoints/resnet18/ is listed in README.md.
 """
 

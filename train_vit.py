@@ -3,7 +3,7 @@
     python train_vit.py --epochs 160 --device cuda    the ViT report's run on CIFAR-10
     python train_vit.py --dataset shapes              drawn shapes, three minutes on two CPU cores
 
-Recipes: report has the ViT report's values; strong trains the same model better; finetune starts --model vit_b_16 from
+Recipes: report has the ViT report's values; strong is ours for the same model; finetune starts --model vit_b_16 from
 its ImageNet weights (--pretrained); quick is a small model for --dataset shapes.
 
 What a run writes to checkpoints/vit/ is listed in README.md.
