@@ -16,24 +16,24 @@ from training.device import Precision, compiled_forward, keep_freed_memory
 from training.loop import new_sums, train_one_epoch
 from training.optimizer import make_optimizer, make_schedule
 
-MATMULS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+PRODUCTS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
 
 @contextmanager
 def settings_of_training(precisions=None):
     """A context that restores the process-wide settings of training at its end, so that the peers run without them.
 
-    precisions are those of float32 products during the context, one for each of MATMULS.
+    precisions are those of float32 products during the context, one for each of PRODUCTS.
     """
-    before = [matmul.fp32_precision for matmul in MATMULS]
+    before = [products.fp32_precision for products in PRODUCTS]
     try:
-        for matmul, precision in zip(MATMULS, precisions or before, strict=True):
-            matmul.fp32_precision = precision
+        for products, precision in zip(PRODUCTS, precisions or before, strict=True):
+            products.fp32_precision = precision
         keep_freed_memory()
         yield
     finally:
-        for matmul, precision in zip(MATMULS, before, strict=True):
-            matmul.fp32_precision = precision
+        for products, precision in zip(PRODUCTS, before, strict=True):
+            products.fp32_precision = precision
         keep_freed_memory(block=2**25, most=2**26)  # glibc's defaults
 
 
@@ -57,10 +57,10 @@ class Ours:
         self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
         with settings_of_training():
             self.precision = Precision(args.amp, device)
-            self.matmuls = [matmul.fp32_precision for matmul in MATMULS]
+            self.precisions = [products.fp32_precision for products in PRODUCTS]
 
     def settings(self):
-        return settings_of_training(self.matmuls)
+        return settings_of_training(self.precisions)
 
     def __call__(self):
         sums = new_sums(self.device)

@@ -47,15 +47,10 @@ from training.flags import at_least
 BATCHES = "our batches alone"  # a way that is timed but not shown
 
 
-def float32_of(device):
-    """The precision of float32 products with --amp off: TF32 on a GPU. The peers use torch's default."""
-    return "TF32" if device.type == "cuda" else "float32"
-
-
 def ours_twice(script, flags, dataset, device, steps):
-    """The steps of a script by its recipe, and the same without mixed precision."""
-    exact = Ours(script, [*flags, "--amp", "off"], dataset, device, steps)
-    return {"ours": Ours(script, flags, dataset, device, steps), f"ours in {float32_of(device)}": exact}
+    """The steps of a script in the precision that the device is fast at, and in float32."""
+    names = {"ours": "auto", "ours in float32": "off"}
+    return {name: Ours(script, [*flags, "--amp", amp], dataset, device, steps) for name, amp in names.items()}
 
 
 def vit_ways(dataset, device, *, steps, batch_size):
@@ -78,7 +73,8 @@ def vit_ways(dataset, device, *, steps, batch_size):
 def cct_ways(dataset, device, *, steps, batch_size):
     """CCT-6/3x1 with AutoAugment; vit-pytorch's with timm's AutoAugment and mixup."""
     batch_size = batch_size or 128
-    ways = {"ours": Ours("train_cct", ["--batch-size", str(batch_size)], dataset, device, steps)}
+    flags = ["--amp", "auto", "--batch-size", str(batch_size)]
+    ways = {"ours": Ours("train_cct", flags, dataset, device, steps)}
     if installed("timm", "vit_pytorch"):
         from timm.data import Mixup
 
@@ -92,7 +88,7 @@ def cct_ways(dataset, device, *, steps, batch_size):
 
 
 def small_cct_ways(dataset, device, *, steps, batch_size):
-    flags = ["--model", "cct_2_3x2", "--batch-size", str(batch_size or 128)]
+    flags = ["--model", "cct_2_3x2", "--amp", "auto", "--batch-size", str(batch_size or 128)]
     return {"ours": Ours("train_cct", flags, dataset, device, steps)}
 
 
@@ -160,7 +156,7 @@ def main(argv=None):
     with settings_of_training():
         mixed = Precision("auto", device).dtype
         Precision("off", device)
-        names = {dtype: str(dtype)[6:] for dtype in (torch.float32, mixed)} | {torch.float32: float32_of(device)}
+        names = {dtype: str(dtype)[6:] for dtype in (torch.float32, mixed)}
         peaks = {dtype_name: matmul_peak(device, dtype) for dtype, dtype_name in names.items()}
     print_machine(device)
     print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
@@ -174,7 +170,7 @@ def main(argv=None):
         del speeds[name][BATCHES]
         print_speeds(f"{name}, {dataset.name}", speeds[name])
         work = ours.gflop_per_image()
-        dtypes = {"ours": names[ours.precision.dtype], f"ours in {float32_of(device)}": float32_of(device)}
+        dtypes = {"ours": names[ours.precision.dtype], "ours in float32": "float32"}
         shares = {way: (dtypes[way], medians[way] * work / peaks[dtypes[way]]) for way in dtypes if way in medians}
         for way, (dtype, share) in shares.items():
             print(f"{way}: {work:.3f} GFLOP per image, {share:.0%} of the {dtype} peak")

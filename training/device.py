@@ -53,6 +53,11 @@ def check_kernels(device):
     )
 
 
+def has_tf32(device):
+    """Whether the device multiplies float32 matrices in TF32: NVIDIA's GPUs do, from the A100 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def has_bfloat16(device):
     """Whether the device multiplies bfloat16 matrices itself; a T4 only emulates it, though torch says yes."""
     if device.type == "cuda":
@@ -97,9 +102,9 @@ def keep_freed_memory(*, block=2**30, most=2**31 - 1):
 class Precision:
     """Mixed precision on one device: `autocast()` for the forward pass, `scaler` for the backward pass.
 
-    amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16" or "off" (float32; on a GPU
-    its matrix products are in TF32).
-    Raises UserError for bf16 on a device without it.
+    amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16", "tf32" (float32 weights and
+    activations, multiplied in TF32) or "off" (float32). What remains in float32 under bf16 and fp16 is multiplied in
+    TF32 as well. Raises UserError for bf16 and tf32 on a device without it.
     """
 
     def __init__(self, amp, device):
@@ -107,10 +112,12 @@ class Precision:
             amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
         elif amp == "bf16" and not has_bfloat16(device):
             raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; use --amp auto")
+        elif amp == "tf32" and not has_tf32(device):
+            raise UserError(f"--amp tf32: {device_name(device)} has no TF32; use --amp auto")
         self.amp, self.device = amp, device
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        if device.type == "cuda":  # as for convolutions; after the newer fp32_precision this could not be read
-            torch.backends.cuda.matmul.allow_tf32 = True
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+        if device.type == "cuda":  # after the newer fp32_precision these could not be read
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = amp != "off"
         if device.type == "cpu":
             keep_freed_memory()
         if device.type == "cpu" and amp == "off" and onednn_keeps_float32():
@@ -118,7 +125,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.amp != "off")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.amp in ("bf16", "fp16"))
 
 
 def device_name(device):

@@ -40,9 +40,20 @@ def test_a_t4_which_emulates_bfloat16_gets_float16_with_a_scaler(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no CUDA for the scaler here
         assert Precision("auto", cuda).amp == "fp16"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.get_float32_matmul_precision() == "high"
-    with pytest.raises(UserError, match="--amp bf16: Tesla T4 has no bfloat16"):
-        Precision("bf16", cuda)
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    for amp in ("bf16", "tf32"):
+        with pytest.raises(UserError, match=f"--amp {amp}: Tesla T4 has no"):
+            Precision(amp, cuda)
+
+
+def test_off_is_float32_and_tf32_a_choice_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for amp, allowed in (("off", False), ("tf32", True)):
+        precision = Precision(amp, torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+        assert precision.dtype == torch.float32 and not precision.autocast()._enabled
+    with pytest.raises(UserError, match="--amp tf32: .* has no TF32"):
+        Precision("tf32", torch.device("cpu"))
 
 
 def test_precision_on_a_processor(monkeypatch):
