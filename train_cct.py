@@ -32,7 +32,7 @@ from training.flags import fraction, make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import print_header, print_model
+from training.outputs import print_header, print_model, print_summary
 from training.run import Run
 
 REPORT = {
@@ -43,6 +43,7 @@ REPORT = {
     "epochs": 200,  # the report
     "batch_size": 128,  # the authors' training script
     "lr": 5e-4,  # the authors' training script
+    "amp": "off",  # the authors' training script
     "weight_decay": 3e-2,  # the authors' training script
     "decay_all": True,  # as there
     "sched": "cosine",  # the report, with a tenth of the epochs to warm up
@@ -58,6 +59,7 @@ REPORT = {
 STRONG = REPORT | {  # ours: the same models, and as many epochs
     "opt": "muon",
     "lr": 3e-3,
+    "amp": "auto",
     "weight_decay": 0.05,
     "decay_all": False,
     "attn_drop": 0.0,
@@ -122,7 +124,7 @@ def main(argv=None):
     if args.init_from and not checkpoint:
         start_from_published(model, args)
     if args.summary:
-        return print(summarize(model, (3, args.image_size, args.image_size)))
+        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)

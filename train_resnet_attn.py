@@ -34,19 +34,24 @@ from training.flags import at_least, make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import print_header, print_model
+from training.outputs import print_header, print_model, print_summary
 from training.run import Run
 
 SURVEY = {
     "dataset": "cifar10",  # the survey
     "model": "resnet18",  # the survey
     "attention": "none",  # the trunk comes first
+    "attention_gamma": False,  # the survey's block has none
+    "num_heads": 1,  # the survey
     "image_size": 32,  # the survey
     "crop_padding": 4,  # the survey crops; the padding is that of PyTorch Lightning's tutorial
     "hflip": 0.5,  # the survey
     "rotate": 15.0,  # the survey rotates; the angle is ours
-    "epochs": 30,  # the tutorial, as all below
-    "batch_size": 64,
+    "epochs": 50,  # the survey, for a whole model; 5 for a block on a trained trunk
+    "clip_grad": 0.5,  # the survey
+    "seed": 42,  # the survey
+    "amp": "off",  # the survey
+    "batch_size": 64,  # the tutorial, as all below
     "opt": "sgd",
     "momentum": 0.9,
     "lr": 0.1,
@@ -55,6 +60,7 @@ SURVEY = {
     "sched": "onecycle",
     "div_factor": 25.0,
 }
+OURS = SURVEY | {"attention_gamma": True, "num_heads": 4, "clip_grad": None, "seed": 0, "amp": "auto"}
 WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that they start from
     "dataset": "imagewoof",
     "model": "xresnet50",
@@ -63,7 +69,6 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "hflip": 0.5,
     "scale": [0.35, 1.0],
     "ratio": [0.75, 4 / 3],
-    "crop_pct": 0.8,  # fastai's presize: 32 pixels more than 128
     "crop_padding": 0,
     "rotate": 0.0,
     "epochs": 5,
@@ -79,7 +84,7 @@ WOOF = {  # SimpleSelfAttention's runs of May 2019, and the fastai example that 
     "div_factor": 10.0,
     "smoothing": 0.1,
 }
-STRONG = SURVEY | {  # ours: the same models
+STRONG = OURS | {  # ours: the same models
     "rotate": 0.0,
     "cutout": 12,
     "epochs": 50,
@@ -102,17 +107,11 @@ RECIPES = {
     "survey": SURVEY,
     "woof": WOOF,
     "strong": STRONG,
-    "quick": SURVEY | {"dataset": "shapes", "epochs": 3, "width": 16, "rotate": 0.0, "attention": "graph"},  # ours
+    "quick": OURS | {"dataset": "shapes", "epochs": 3, "width": 16, "rotate": 0.0, "attention": "graph"},  # ours
 }
-MODEL_FLAGS = dict.fromkeys(
-    RESNETS,
-    (
-        *("image_size", "stem", "width", "attention", "attention_after", "patch_size", "num_heads"),
-        *("attention_gamma", "symmetric"),
-    ),
-) | dict.fromkeys(
-    XRESNETS, ("image_size", "stem_widths", "attention", "attention_in", "attention_kernel_size", "symmetric")
-)
+RESNET_FLAGS = "image_size stem width attention attention_after patch_size num_heads attention_gamma symmetric"
+XRESNET_FLAGS = "image_size stem_widths attention attention_in attention_kernel_size symmetric"
+MODEL_FLAGS = dict.fromkeys(RESNETS, RESNET_FLAGS.split()) | dict.fromkeys(XRESNETS, XRESNET_FLAGS.split())
 
 
 def resnet_parser():
@@ -135,8 +134,8 @@ def resnet_parser():
     add("--init-from", metavar="RUN", help="take the trunk's weights from a run's folder")
     add("--pretrained", action="store_true", help="take them from torchvision's weights for ImageNet")
     add("--freeze", choices=("trunk",), metavar="trunk", help="train the block and the head alone")
-    own = {"attention_after": "layer4", "attention_in": ["layer1"], "attention_kernel_size": 1, "attention_gamma": True}
-    parser.set_defaults(**own, patch_size=1, num_heads=4, width=64, stem_widths=[32, 64, 64], **SURVEY)
+    own = {"attention_after": "layer4", "attention_in": ["layer1"], "attention_kernel_size": 1, "patch_size": 1}
+    parser.set_defaults(**own, width=64, stem_widths=[32, 64, 64], **OURS)
     return parser
 
 
@@ -144,6 +143,9 @@ def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "survey")
     changes = {}
+    if name == "woof":  # fastai's presize: 32 pixels more than the image size
+        size = given.get("image_size", WOOF["image_size"])
+        changes = {"crop_pct": size / (size + 32)}
     if name == "strong" and given.get("epochs", SHORT) < SHORT:
         changes = LIGHT
     if name == "strong" and given.get("dataset") in IMAGENETTES:
@@ -198,7 +200,7 @@ def main(argv=None):
     print_model(args.model, model, "positions")
     statistics = start_from_trunk(model, args, checkpoint, device)
     if args.summary:
-        return print(summarize(model, (3, args.image_size, args.image_size)))
+        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)

@@ -38,7 +38,7 @@ from training.flags import at_least, fraction, make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import print_header, print_model
+from training.outputs import print_header, print_model, print_summary
 from training.run import Run
 
 REPORT = {
@@ -51,11 +51,12 @@ REPORT = {
     "epochs": 160,  # the report
     "batch_size": 64,  # the report
     "lr": 5e-4,  # the report
+    "amp": "off",  # the report
     "weight_decay": 0.01,  # AdamW's default in torch, which the report does not change
     "decay_all": True,  # as torch's default for all parameters
     "sched": "multistep",  # the report
     "gamma": 0.1,  # the report
-    "save_epochs": [10, 25, 50, 100, 125],  # the report
+    "save_epochs": [11, 26, 51, 101, 126],  # the report's 10, 25, 50, 100 and 125, which it counts from 0
     "patch_size": 4,  # the report, as all below
     "embed_dim": 256,
     "depth": 6,
@@ -65,6 +66,7 @@ REPORT = {
 }
 STRONG = REPORT | {  # ours: the report's model, and as many epochs
     "opt": "muon",
+    "amp": "auto",
     "batch_size": 128,
     "lr": 2e-3,
     "weight_decay": 0.05,
@@ -90,6 +92,7 @@ RECIPES = {
         "model": "vit_b_16",
         "epochs": 5,
         "lr": 3e-5,
+        "amp": "auto",
         "sched": "cosine",
         "drop": 0.0,
         "clip_grad": 1.0,
@@ -100,6 +103,7 @@ RECIPES = {
         "dataset": "shapes",
         "epochs": 10,
         "lr": 2e-3,
+        "amp": "auto",
         "weight_decay": 0.05,
         "decay_all": False,
         "sched": "cosine",
@@ -172,7 +176,7 @@ def main(argv=None):
     print_model(args.model, model, "patches")
     statistics = start_from_imagenet(model, args, checkpoint) if args.pretrained else None
     if args.summary:
-        return print(summarize(model, (3, args.image_size, args.image_size)))
+        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)

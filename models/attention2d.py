@@ -170,9 +170,8 @@ def make_attention2d(
     """
     if name not in known:
         raise UserError(f"--attention {name}: choose from {', '.join(known)}")
-    if name not in NODE_ATTENTIONS and (patch_size != 1 or not gamma):
-        option = "a block without gamma" if patch_size == 1 else f"--patch-size {patch_size}"
-        raise UserError(f"--attention {name}: {option} requires one of {', '.join(NODE_ATTENTIONS)}")
+    if name not in NODE_ATTENTIONS and patch_size != 1:
+        raise UserError(f"--attention {name}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
     if name != "simple" and (symmetric or kernel_size != 1):
         option = "--symmetric" if symmetric else f"--attention-kernel-size {kernel_size}"
         raise UserError(f"--attention {name}: {option} requires --attention simple")

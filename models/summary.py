@@ -1,14 +1,76 @@
-"""A table of a model's layers: output shapes, parameters and multiply-adds."""
+"""A table of a model's layers: output shapes, parameters and multiply-adds; and the memory that it takes."""
 
+import copy
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-def summarize(model, input_shape):
-    """The table as text. input_shape is (C, H, W) of one image; the model runs once on zeros.
+
+def output_numbers(model, images):
+    """How many numbers the modules of a model put out for a batch, call by call, without CONTAINERS and the model.
+
+    This is what the tool torchsummary counts; a module that calls others counts too.
+    """
+    counted = 0
+
+    def count(module, inputs, output):
+        nonlocal counted
+        counted += (output[0] if isinstance(output, tuple) else output).numel()
+
+    layers = [module for module in model.modules() if module is not model and not isinstance(module, CONTAINERS)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counted
+
+
+def saved_bytes(model, images):
+    """The bytes that a training step keeps between its forward and backward pass, without the model's own weights."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images).sum()  # noqa: F841, it holds what was saved
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in own)
+
+
+def describe_memory(model, input_shape, batch_size):
+    """What a model takes in float32, as text: for one image by torchsummary's rule, and in a training step.
+
+    By that rule the input, every output (twice, since it also has a gradient) and the parameters count. A training step
+    takes the parameters, their gradients, the two moments of Adam, and for each image what the backward pass reads.
+    """
+    trial = copy.deepcopy(model).train()  # its statistics may change
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    two, four = (torch.zeros(n, *input_shape, device=next(model.parameters()).device) for n in (2, 4))
+    per_image = (saved_bytes(trial, four) - saved_bytes(trial, two)) / 2 / 2**20
+    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), sum(counts.values())]
+    sizes = [4 * number / 2**20 for number in numbers]
+    fixed = sizes[2] + 3 * 4 * counts[True] / 2**20
+    return (
+        f"parameters   {counts[True]:,} trained, {counts[False]:,} fixed\n"
+        "one image    {:.2f} MiB input, {:.2f} forward and backward, {:.2f} parameters, {:.2f} in all\n"
+        "training     at least {:,.0f} MiB for a batch of {} in float32: {:.2f} per image, {:.2f} for weights and AdamW"
+    ).format(*sizes, sum(sizes), fixed + batch_size * per_image, batch_size, per_image, fixed)
+
+
+def summarize(model, input_shape, *, batch_size=None):
+    """The table as text, with describe_memory's lines if batch_size is given. input_shape is (C, H, W) of one image.
 
     There is a row for each module without children, for each parameter of a module with children (a positional
     embedding), and for each module with children that multiplies matrices itself (attention). Multiply-adds are those
@@ -55,4 +117,6 @@ def summarize(model, input_shape):
     lines += [
         f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}" for name, kind, shape, count, cost in rows
     ]
+    if batch_size:
+        lines.append(describe_memory(model, input_shape, batch_size))
     return "\n".join(lines)

@@ -13,8 +13,10 @@ URL = "https://s3.amazonaws.com/fast-ai-imageclas"
 MD5_SUMS = {  # Imagenette's from torchvision; Imagewoof's from catalyst, whose sums of Imagenette are the same
     "imagenette2-160": "e793b78cc4c9e9a4ccc0c1155377a412",
     "imagenette2-320": "3df6f0d01a2c9592104656642f5e78a3",
+    "imagenette2": "fe2fc210e6bb7c5664d602c3cd71e612",
     "imagewoof2-160": "3d200a7be99704a0d7509be2a9fbfe15",
     "imagewoof2-320": "0f46d997ec2264e97609196c95897a44",
+    "imagewoof2": "9aafe18bcdb1632c4249a76c458465ba",
 }
 READABLE = {
     "n01440764": "tench",
@@ -43,10 +45,10 @@ READABLE = {
 def find_imagenette(name, data_dir, image_size):
     """The folder of imagenette or imagewoof, with train/ and val/: data_dir/imagewoof, or that of fastai's archive.
 
-    The archive has 160 pixels up to --image-size 128, else 320, as in fastai. If it is missing, it is downloaded, and
-    its MD5 sum is checked. Raises UserError if that fails.
+    The archive has 160 pixels up to --image-size 128, 320 up to 224, else the images' own sizes, as in fastai. If it is
+    missing, it is downloaded, and its MD5 sum is checked. Raises UserError if that fails.
     """
-    archive = f"{name}2-{160 if image_size <= 128 else 320}"
+    archive = f"{name}2" + ("-160" if image_size <= 128 else "-320" if image_size <= 224 else "")
     folder = Path(data_dir, archive)
     for found in (Path(data_dir, name), folder):
         if (found / "train").is_dir():

@@ -24,7 +24,8 @@ COMMANDS = {
     "vit strong": f"train_vit --recipe strong {SMALL_VIT} --aa rand --mixup 0.8 --cutmix 1 --model-ema-decay 0.9",
     "cct report": "train_cct --recipe report --model cct_2_3x2",
     "cct strong": "train_cct --recipe strong --model cct_nano_once --drop-path 0.1 --clip-grad 1 --reprob 0.5",
-    "resnet survey": "train_resnet_attn --recipe survey --width 8 --attention graph",
+    "resnet survey": "train_resnet_attn --recipe survey --width 8 --attention graph --attention-gamma --num-heads 4"
+    " --clip-grad none --seed 0",
     "resnet strong": "train_resnet_attn --recipe strong --width 8 --attention classic --cutout 12",
     "xresnet woof": "train_resnet_attn --recipe woof --model xresnet18 --stem-widths 8 8 8"
     " --image-size 72 --attention simple",

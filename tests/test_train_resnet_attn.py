@@ -9,6 +9,7 @@ import rollout
 import train_resnet_attn
 from errors import UserError
 from models.resnet import trunk_names
+from training.arguments import complete_arguments, given_arguments
 
 
 @pytest.fixture
@@ -20,6 +21,22 @@ def resnet_flags(image_folder, tmp_path):
     ]
 
 
+def test_the_recipes_follow_their_documents():
+    """The survey's values, and fastai's presize, do not leak into other recipes."""
+    survey = train_resnet_attn.chosen_recipe({})[1]
+    names = ("epochs", "clip_grad", "seed", "num_heads", "attention_gamma", "amp")
+    assert [survey[name] for name in names] == [50, 0.5, 42, 1, False, "off"]
+    parser = train_resnet_attn.resnet_parser()
+    for given in ({"recipe": "woof"}, {"recipe": "strong"}, {"dataset": "shapes"}):
+        recipe = train_resnet_attn.chosen_recipe(given)[1]
+        args = complete_arguments(parser, given, recipe)
+        assert [getattr(args, name) for name in names[1:]] == [None, 0, 4, True, "auto"]
+    for size, share in ((128, 0.8), (256, 256 / 288)):
+        given = {"recipe": "woof", "image_size": size}
+        assert train_resnet_attn.chosen_recipe(given)[1]["crop_pct"] == share
+    assert complete_arguments(parser, given_arguments(parser, ["--clip-grad", "none"]), survey).clip_grad is None
+
+
 def weights_of(folder):
     return torch.load(folder / "last.pt", weights_only=True)["weights"]
 
@@ -28,7 +45,7 @@ def test_a_block_after_a_trained_trunk_that_is_frozen(resnet_flags, tmp_path, ca
     """The trunk stays as it is to the bit, its BatchNorm statistics too; head and block are trained."""
     trunk, then = tmp_path / "runs" / "resnet18", tmp_path / "runs" / "then"
     assert train_resnet_attn.main(resnet_flags)["recipe"] == "survey"
-    flags = [*resnet_flags, "--attention", "graph", "--run-name", "then", "--freeze", "trunk"]
+    flags = [*resnet_flags, "--attention", "graph", "--attention-gamma", "--run-name", "then", "--freeze", "trunk"]
     result = train_resnet_attn.main([*flags, "--init-from", str(trunk)])
     assert result["init_from"] == "resnet18" and result["trained_params"] < result["params"] / 2
     out = capsys.readouterr().out

@@ -27,7 +27,7 @@ EFFECT_CONDITIONS = {
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
     "attention_after": (lambda args: args.attention != "none", "--attention"),
     "attention_in": (lambda args: args.attention != "none", "--attention"),
-    "attention_gamma": (lambda args: args.attention != "none", "--attention"),
+    "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
     "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
 }

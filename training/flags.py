@@ -68,12 +68,14 @@ class TrainingParser(Parser):
         return self.format_help() + (f"\n{len(left_out)} more flags: --help-all\n" if left_out else "")
 
 
-def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """A flag's type: an int or float with low <= value <= high and above < value < below."""
+def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
+    """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
     bounds = {"at least": low, "above": above, "at most": high, "below": below}
     wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
 
     def convert(text):
+        if optional and text == "none":
+            return None
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
@@ -88,6 +90,8 @@ def at_least(low, kind=int):
 
 
 positive = number(above=0)
+
+
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
 
@@ -102,7 +106,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("-h", "--help", action="store_true", help="show the flags that most users set")
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
-    add("--summary", action="store_true", help="print the model layer by layer and stop")
+    add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
@@ -159,8 +163,8 @@ def add_optimizer_flags(group):
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
     add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    help_text = "mixed precision; auto takes the type that the device is fast at, off is float32 (TF32 on a GPU)"
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=help_text)
+    help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"
+    add("--amp", choices=("auto", "bf16", "fp16", "tf32", "off"), default="auto", help=help_text)
     help_text = "torch.compile; auto compiles on a GPU, for long runs"
     add("--compile", choices=("auto", "on", "off"), default="auto", help=help_text)
     add("--momentum", type=fraction, default=0.9, help="momentum of sgd")
@@ -187,7 +191,8 @@ def add_schedule_flags(group):
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
     help_text = "decay of a moving average of the weights, which is then evaluated, say 0.999"
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help=help_text)
-    add("--clip-grad", type=positive, metavar="NORM", help="limit the gradient's norm, say to 1, if the loss jumps")
+    help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
+    add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
     help_text = "stop after N epochs without a better validation accuracy"
     add("--patience", type=at_least(1), metavar="N", help=help_text)
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from files import write_atomically
+from files import make_folder, write_atomically
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
+from training.optimizer import make_schedule
 
 COLUMNS = (  # of log.csv
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
@@ -32,6 +33,26 @@ def print_header(args, precision):
 def print_model(name, model, cells):
     """A model's size, and the grid of what it attends to: cells are its patches, tokens or positions."""
     print(f"{name}, {count_parameters(model):,} parameters, a grid of {model.grid[0]} x {model.grid[1]} {cells}")
+
+
+def print_summary(table, args):
+    """Print a model's table, and draw the learning rate of the run that the flags ask for to OUT_DIR/schedule.png."""
+    print(table)
+    path, steps = Path(args.out_dir, "schedule.png"), 50  # steps per epoch, enough for a smooth line
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr, momentum=0.9)
+    schedule, rates = make_schedule(args, optimizer, steps_per_epoch=steps), []
+    for _ in range(args.epochs * steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([step / steps for step in range(len(rates))], rates)
+    axes.set(xlabel="epoch", ylabel="learning rate")
+    axes.grid(alpha=0.3)
+    make_folder(path.parent)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    print(f"its learning rate: {path}")
 
 
 def epoch_line(row, epochs):

@@ -261,11 +261,6 @@ def test_recorded_weights_sum_to_one_and_multiply_the_values(name):
         ("graph", {"num_heads": 3}, "--num-heads 3 does not divide the 16 channels"),
         ("classic", {"num_heads": 0}, "--num-heads 0 does not divide"),
         ("sagan", {"patch_size": 2}, "--attention sagan: --patch-size 2 requires one of graph, graph_v2, classic"),
-        (
-            "simple",
-            {"gamma": False},
-            "--attention simple: a block without gamma requires one of graph, graph_v2, classic",
-        ),
         ("none", {"symmetric": True}, "--attention none: --symmetric requires --attention simple"),
         ("sagan", {"kernel_size": 3}, "--attention sagan: --attention-kernel-size 3 requires --attention simple"),
         ("simple", {"kernel_size": 2}, "--attention-kernel-size 2: must be odd"),
