@@ -1,7 +1,7 @@
 """Train a ResNet or xResNet with an attention block in it: from scratch, or after a trained trunk.
 
     python train_resnet_attn.py --device cuda                             the survey's ResNet18 on CIFAR-10, the trunk
-    python train_resnet_attn.py --attention graph --init-from checkpoints/resnet18 --epochs 5 --freeze trunk
+    python train_resnet_attn.py --attention graph --init-from checkpoints/resnet18 --epochs 5 --lr 0.01
     python train_resnet_attn.py --recipe woof --attention simple          SimpleSelfAttention's xresnet50 on Imagewoof
     python train_resnet_attn.py --dataset shapes                          drawn shapes, three minutes on two CPU cores
 

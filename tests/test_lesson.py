@@ -146,9 +146,11 @@ def test_python_lines_of_the_reading_guide_run(folder_flags, tmp_path):
     train_vit.main([*folder_flags, "--run-name", "tiny"])
     blocks = re.findall(r"(?:^    .*\n)+", Path("docs/reading.md").read_text(), re.M)
     blocks = [block for block in blocks if not block.startswith("    python ") and "cifar10" not in block]
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     session = {}
     for block in blocks:
-        exec(inspect.cleandoc(block).replace("checkpoints/tiny", str(tmp_path / "runs" / "tiny")), session)
+        for name, there in (("checkpoints/tiny", "runs/tiny"), ("vit.pt2", "vit.pt2")):
+            block = block.replace(name, str(tmp_path / there))
+        exec(inspect.cleandoc(block), session)
     torch.testing.assert_close(session["recorder"].attentions[0].sum(-1), torch.ones(1, 4, 65))
     assert [round(session["share"](step), 2) for step in (0, 2, 8)] == [0, 1, 0]
