@@ -2,6 +2,7 @@
 
     python compare.py                                  all runs, one line per group that differs only in the seed
     python compare.py A B                              how far B is above A, and whether that could be luck
+    python compare.py checkpoints/a checkpoints/b      the same for folders of runs
     python compare.py plans/cct2-cifar10.toml          each row of a plan against its baseline
     python compare.py --score --plot score.png         accuracy for its cost in parameters, on CIFAR-100
     python compare.py --readme README.md               fill the tables between the file's markers
@@ -15,7 +16,7 @@ from pathlib import Path
 from errors import UserError, run_script
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.plots import draw_groups, draw_scores
-from experiments.runs import find_group, group_runs, read_runs
+from experiments.runs import find_group, group_runs, own_groups, read_runs
 from experiments.speed import speed_text
 from experiments.tables import comparison_table, groups_table, markdown, score_table
 from files import write_atomically
@@ -28,7 +29,12 @@ TABLE_END = "<!-- end table -->"
 def compare_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="runs, by name or file, of which the first is the baseline; or plans")
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="runs, by name, file or folder, of which the first is the baseline; or plans",
+    )
     add("--by", choices=("test", "val"), default="test", help="the accuracy; use val to choose between models")
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
     add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")
@@ -77,39 +83,68 @@ def fill_readme(path, results):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def chosen_tables(names, measured, groups, results, *, paired):
+def named_groups(names, groups, results):
+    """The groups of runs that a user names, in their order; runs in folders belong together by their arguments."""
+    own = own_groups([Path(name) for name in names if Path(name).is_dir()])
+    found = []
+    for name in names:
+        if Path(name).is_dir():
+            found += [group for group in own if any(run.path.is_relative_to(name) for run in group.runs)]
+        else:
+            found.append(find_group(groups, name, results))
+    return list({id(group): group for group in found}.values())
+
+
+def chosen_tables(args, measured, groups):
     """[(title or None, pairs for comparison_table)]: one per plan, and one of all other names."""
     tables = []
-    for name in (name for name in names if name.endswith(".toml")):
+    for name in (name for name in args.names if name.endswith(".toml")):
         plan = read_plan(name)
         if not plan.rows:
             raise UserError(f"{name} has no rows to compare, only measurements")
         tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
-    if found := [find_group(groups, name, results) for name in names if not name.endswith(".toml")]:
-        tables.append((None, [(group, found[0] if group is not found[0] else None, paired) for group in found]))
+    found = named_groups([name for name in args.names if not name.endswith(".toml")], groups, args.results)
+    if found:
+        tables.append((None, [(group, found[0] if group is not found[0] else None, args.paired) for group in found]))
     return tables
+
+
+def check_flags(args):
+    """Raises UserError for flags without effect."""
+    if args.names and (args.score or args.readme):
+        raise UserError(f"{' '.join(args.names)}: --score and --readme take no names")
+    runs = [name for name in args.names if not name.endswith(".toml")]
+    no_effect = [
+        ("--paired", args.paired and len(runs) < 2, "it needs the names of two runs; plans pair seeds by themselves"),
+        ("--by val", args.by == "val" and args.score, "--score takes test accuracies"),
+        ("--by val", args.by == "val" and args.readme, "the markers in the file say it"),
+        ("--score", args.score and args.readme, "--readme only fills in tables"),
+        ("--plot", args.plot and args.readme, "--readme only fills in tables"),
+        ("--plot", args.plot and not (args.names or args.score), "it needs names of runs, or --score"),
+    ]
+    for flag, wrong, reason in no_effect:
+        if wrong:
+            raise UserError(f"{flag} has no effect here: {reason}")
 
 
 def main(argv=None):
     args = compare_parser().parse_args(argv)
-    if args.names and (args.score or args.readme):
-        raise UserError(f"{' '.join(args.names)}: --score and --readme take no names")
+    check_flags(args)
     if args.readme:
         return fill_readme(args.readme, args.results)
-    measured = read_runs(args.results)
+    own = args.names and all(Path(name).is_dir() for name in args.names)
+    measured = [] if own else read_runs(args.results)
     groups = group_runs(measured)
     if args.score:
         print(score_table(groups))
         if args.plot:
             draw_scores(args.plot, groups)
     elif args.names:
-        tables = chosen_tables(args.names, measured, groups, args.results, paired=args.paired)
+        tables = chosen_tables(args, measured, groups)
         for title, pairs in tables:
             print(*filter(None, [title, comparison_table(pairs, by=args.by)]), sep="\n", end="\n\n")
         if args.plot:
             draw_groups(args.plot, [group for _, pairs in tables for group, _, _ in pairs], by=args.by)
-    elif args.plot:
-        raise UserError(f"--plot {args.plot} needs names of runs, or --score")
     else:
         print(groups_table(groups, by=args.by) if groups else f"there are no runs in {args.results} yet")
 

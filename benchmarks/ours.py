@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.plans import script_module, script_parser
+from experiments.scripts import script_module, script_parser
 from models import build_model
 from pipeline.batches import training_batches
 from training.arguments import complete_arguments, given_arguments

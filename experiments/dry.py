@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
-from experiments.jobs import measured_folder, run_folder, start_of
-from experiments.plans import script_module
+from experiments.jobs import flags_of, measured_folder, run_folder, start_of
+from experiments.scripts import all_arguments, script_module
 
 TINY_RUN = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
 SHORT_ROUNDS = ("--rounds", "2", "--seconds", "0.01")
@@ -42,7 +42,20 @@ def dry_run(jobs, args):
             print(f"--- dry run {number} of {len(jobs)}: {job.name}", flush=True)
             if job.seed is not None:
                 run, start = run_folder(job, places), start_of(job)
-                arguments = [*job.row.arguments, *TINY_RUN, *data, "--out-dir", str(run.parent), "--run-name", run.name]
+                known = all_arguments(
+                    job.row.script, job.row.given
+                )  # the dataset, which TINY_RUN replaces, decides some
+                flags = ("--recipe", "--model", "--image-size")
+                arguments = flags_of({flag: known[flag[2:].replace("-", "_")] for flag in flags})
+                arguments += [
+                    *job.row.arguments,
+                    *TINY_RUN,
+                    *data,
+                    "--out-dir",
+                    str(run.parent),
+                    "--run-name",
+                    run.name,
+                ]
                 arguments += ["--init-from", str(run_folder(start, places))] if start else []
             elif job.row.checkpoint:
                 arguments = [str(measured_folder(job, places)), *SHORT_MEASUREMENTS[job.row.script], *data]

@@ -11,10 +11,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.plans import Measurement, Plan, PlanRow, by_name, misfit, run_name, script_module
+from experiments.plans import Measurement, Plan, PlanRow, by_name, misfit, run_name
 from experiments.runs import read_run
+from experiments.scripts import all_arguments, script_command
 from files import make_folder, write_atomically
 from training.device import device_name, pick_device
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class Job(NamedTuple):
@@ -59,6 +65,15 @@ def is_trained(folder):
     return (folder / "result.json").exists() and (folder / "last.pt").exists()
 
 
+def is_replaced(job, folder):
+    """Whether a finished run is trained again from the start: its weights are gone, or it does not fit its row."""
+    finished = folder / "result.json"
+    if not finished.exists() or not (folder / "last.pt").exists():
+        return finished.exists()
+    old = read_run(finished, folder.parent)
+    return bool(old and misfit(job.row, old.result))
+
+
 def start_of(job):
     """The Job of the run whose weights a job starts from; None if it starts from scratch."""
     return Job(job.plan, by_name(job.plan.rows, job.row.init_from), job.seed) if job.row.init_from else None
@@ -94,7 +109,8 @@ def expected_minutes(job, found, args):
     start, before = start_of(job), 0.0
     if start and not is_trained(run_folder(start, args)):
         before = expected_minutes(start, found, args)
-    own = minutes_by_log(job, run_folder(job, args) / "log.csv")
+    folder = run_folder(job, args)
+    own = None if is_replaced(job, folder) else minutes_by_log(job, folder / "log.csv")
     if own is None:
         device = device_name(pick_device(args.device))
         results = [run.result for run in found[job.plan.name][job.row.name].values()]
@@ -110,21 +126,36 @@ def minutes_by_log(job, log):
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     if len(seconds) < 2:
         return None
-    given = job.row.given
-    epochs = given.get("epochs") or script_module(job.row.script).chosen_recipe(given)[1]["epochs"]
+    epochs = all_arguments(job.row.script, job.row.given)["epochs"]
     return statistics.median(seconds[1:]) * (epochs - len(seconds)) / 60
 
 
 # Doing them
 
 
-def run_command(command, deadline=math.inf):
-    """The exit code of a command; None if it was stopped at the deadline, a value of time.monotonic().
+def is_locked(file):
+    """Whether another process holds the lock of an open file; if not, this one holds it now, where there are locks."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a mounted drive may have none
+        pass
+    return False
 
-    A signal that stops this process is passed on to the command, and raised once the command has ended. The command
+
+def run_command(script, arguments, deadline=math.inf, *, lock=None):
+    """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic().
+
+    The script inherits `lock`, an open file: what locks it ends with the script, even if this process is killed
+    before. A signal that stops this process is passed on to the script, and raised once the script has ended. The script
     has a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving.
     """
-    process, received = subprocess.Popen(command, start_new_session=True), []
+    command, environment = script_command(script)
+    inherited = [lock.fileno()] if lock and fcntl else []
+    process = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, pass_fds=inherited)
+    received = []
 
     def pass_on(signum, frame):
         received.append(signum)
@@ -180,14 +211,21 @@ def do_run(job, args, deadline):
             if not run:
                 return code, None
     finished = folder / "result.json"
-    lost = finished.exists() and not (folder / "last.pt").exists()
-    stale = finished.exists() and (old := read_run(finished, folder.parent)) and misfit(job.row, old.result)
     minutes = None if deadline == math.inf else max(1e-4, (deadline - time.monotonic()) / 60)
-    command = [sys.executable, job.row.script]
-    command += flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
+    command = flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
     command += [*flags_of({"--init-from": weights}), *job.row.arguments]
     command += flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
-    code = run_command([*command, *(["--overwrite"] if stale or lost else ["--resume", "auto"])])
+    command += ["--overwrite"] if is_replaced(job, folder) else ["--resume", "auto"]
+    make_folder(folder.parent)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        if is_locked(lock):
+            print(
+                f"{job.name} is still trained in {folder}, by a campaign that was killed or runs now: wait for it, or",
+                "end that process",
+                file=sys.stderr,
+            )
+            return 2, None
+        code = run_command(job.row.script, command, lock=lock)
     if code or not finished.exists():
         return code or 0, None
     target = result_file(job, args)
@@ -205,16 +243,16 @@ def do_measurement(job, args, deadline):
     target, row = measurement_file(job, args), job.row
     make_folder(target.parent)
     if not row.checkpoint:
-        command, written = [sys.executable, "-m", row.script, "--out", str(target)], target
+        command, written = ["--out", str(target)], target
     else:
         folder = measured_folder(job, args)
         if not is_trained(folder):
             print(f"{job.name} needs the run in {folder}, which is missing or not finished")
             return 0, False
-        command, written = [sys.executable, row.script, str(folder), "--evaluate"], folder / "maps" / "evaluation.json"
+        command, written = [str(folder), "--evaluate"], folder / "maps" / "evaluation.json"
     data_dir = None if row.script == "benchmarks.augment" else args.data_dir  # it needs no images
     command += flags_of({"--device": args.device, "--data-dir": data_dir})
-    code = run_command([*command, *row.arguments], deadline)
+    code = run_command(row.script, [*command, *row.arguments], deadline)
     if code == 0 and written != target:
         write_atomically(target, lambda file: file.write(written.read_bytes()))
     return code or 0, code == 0

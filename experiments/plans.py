@@ -1,6 +1,5 @@
 """Plans: TOML files that say which runs a table consists of. campaign.py describes their keys."""
 
-import importlib
 import re
 import shlex
 import tomllib
@@ -9,24 +8,15 @@ from typing import NamedTuple
 
 from errors import UserError
 from experiments.runs import Group, group_runs, warn
+from experiments.scripts import script_parser
 from training.arguments import as_flag, given_arguments
 from training.flags import flag_kind
 
 PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "baseline": str, "seeds": int}
 COMMAND_KEYS = {"name": str, "script": str, "arguments": (str, list)}
-ROW_KEYS = COMMAND_KEYS | {"seeds": int, "against": str, "init_from": str, "not_run": str}
+ROW_KEYS = COMMAND_KEYS | {"seeds": int, "against": str, "init_from": str, "not_run": str, "published": str}
 MEASUREMENT_KEYS = COMMAND_KEYS | {"checkpoint": str}
 REQUIRED_KEYS = ("title", "name", "script")
-
-# {what a row or a measurement may run: the function that makes its parser}
-SCRIPTS = {
-    "train_vit.py": "vit_parser",
-    "train_cct.py": "cct_parser",
-    "train_resnet_attn.py": "resnet_parser",
-    "benchmarks.train": "train_parser",
-    "benchmarks.augment": "augment_parser",
-    "rollout.py": "rollout_parser",
-}
 
 
 class PlanRow(NamedTuple):
@@ -40,6 +30,7 @@ class PlanRow(NamedTuple):
     against: str | None  # the row that it is compared with
     init_from: str | None  # the row whose weights, of the same seed, it starts from
     not_run: str | None  # why it is not run
+    published: str | None  # the accuracy that others report for it
 
 
 class Measurement(NamedTuple):
@@ -56,18 +47,6 @@ class Plan(NamedTuple):
     title: str
     rows: list[PlanRow]
     measurements: list[Measurement]
-
-
-def script_module(script):
-    """The module of a script that a plan names. Raises UserError for an unknown one."""
-    if script not in SCRIPTS:
-        raise UserError(f"unknown script {script}; choose one of {', '.join(SCRIPTS)}")
-    return importlib.import_module(script.removesuffix(".py"))
-
-
-def script_parser(script):
-    """The parser of a script. Raises UserError for an unknown one."""
-    return getattr(script_module(script), SCRIPTS[script])()
 
 
 def check_keys(table, keys):
@@ -97,13 +76,14 @@ def parse_row(table, plan):
     name, script, arguments = parse_arguments(table, ROW_KEYS)
     parser, init_from = script_parser(script), table.get("init_from")
     given = given_arguments(parser, arguments)
-    if init_from:
-        given_arguments(parser, ["--init-from", init_from])  # raises UserError if the script does not have this flag
+    if init_from and not any(action.dest == "init_from" and action.metavar != "FILE" for action in parser._actions):
+        raise UserError(f"init_from = {init_from}: {script} cannot start from a run; train_resnet_attn.py can")
     if taken := [as_flag(flag) for flag in given if flag == "seed" or flag_kind(flag) == "start"]:
         raise UserError(f"remove {', '.join(taken)}: campaign.py sets this itself")
     seeds, against = table.get("seeds", plan.get("seeds", 1)), table.get("against", plan.get("baseline"))
     against = None if against == name else against
-    return PlanRow(name, script, arguments, given, seeds, against, init_from, table.get("not_run"))
+    texts = table.get("not_run"), table.get("published")
+    return PlanRow(name, script, arguments, given, seeds, against, init_from, *texts)
 
 
 def parse_measurement(table, plan):
@@ -205,7 +185,7 @@ def plan_pairs(plan, found):
 
     Seeds are paired if both rows start from the same trained row.
     """
-    groups = {name: Group(name, list(runs.values())) for name, runs in found.items()}
+    groups = {row.name: Group(row.name, list(found[row.name].values()), row.published) for row in plan.rows}
     starts = {row.name: row.init_from for row in plan.rows}
     return [
         (groups[row.name], groups.get(row.against), bool(row.init_from) and starts.get(row.against) == row.init_from)

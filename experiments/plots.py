@@ -20,7 +20,7 @@ def read_curve(run, by):
 
     None, with a warning on stderr, if there is no such file or it has no accuracies.
     """
-    path = run.path.with_suffix(".csv")
+    path = run.path.with_name("log.csv") if run.path.name == "result.json" else run.path.with_suffix(".csv")
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))

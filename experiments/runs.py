@@ -1,5 +1,6 @@
 """Measured runs: the JSON files in results/, and groups of runs that differ only in the seed."""
 
+import contextlib
 import json
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
+from experiments.scripts import SCRIPTS, all_arguments
 from training.flags import flag_kind
 
 # the keys of a result that this folder uses, with their types
@@ -37,6 +39,7 @@ class MeasuredRun(NamedTuple):
 class Group(NamedTuple):
     name: str
     runs: list[MeasuredRun]
+    published: str | None = None  # the accuracy that others report
 
     def accuracies(self, by):
         """{seed: accuracy as a fraction} of the runs that have it; `by` is "test" (the last epoch's) or "val"."""
@@ -49,12 +52,20 @@ def warn(message):
 
 
 def read_run(path, folder):
-    """The MeasuredRun in a JSON file below `folder`; None, with a warning on stderr, if the file is not a result."""
-    name = re.sub(r"-seed-\d+$", "", path.relative_to(folder).with_suffix("").as_posix())
+    """The MeasuredRun in a JSON file below `folder`; None, with a warning on stderr, if the file is not a result.
+
+    Its arguments are completed (see all_arguments): results are older than some arguments. A result.json, as a run
+    leaves it, is named after its folder.
+    """
+    name = path.parent if path.name == "result.json" else path.with_suffix("")
+    name = re.sub(r"-seed-\d+$", "", name.relative_to(folder).as_posix())
     try:
         result = json.loads(path.read_text())
         wrong = [key for key, kind in RESULT_KEYS.items() if not isinstance(result[key], kind)]
         if not wrong:
+            if result["script"] in SCRIPTS:
+                with contextlib.suppress(KeyError):  # a recipe that no longer exists
+                    result["args"] = all_arguments(result["script"], result["args"])
             return MeasuredRun(path, name, result)
         reason = f"{', '.join(wrong)} has the wrong type"
     except KeyError as error:
@@ -77,18 +88,33 @@ def read_runs(folder):
     return sorted(runs, key=lambda run: (run.name, run.result["seed"]))
 
 
-def group_runs(runs):
-    """Groups of runs with the same name, script, images and arguments except the seed; each seed counts once."""
+def group_runs(runs, *, by_name=True):
+    """Groups of runs with the same name, script, images, start and arguments except the seed; each seed counts once.
+
+    With by_name=False the names may differ, and the first run's is the group's.
+    """
     groups = {}
     for run in runs:
         args = {k: value for k, value in run.result["args"].items() if flag_kind(k) == "run" and k != "seed"}
         what = [run.result[key] for key in ("script", "params", "dataset_name", "data_hash")]
-        group = groups.setdefault((run.name, json.dumps([args, what], sort_keys=True)), Group(run.name, []))
+        what += [run.name if by_name else None, re.sub(r"-seed-\d+$", "", run.result.get("init_from") or "")]
+        group = groups.setdefault(json.dumps([args, what], sort_keys=True), Group(run.name, []))
         if any(run.result["seed"] == other.result["seed"] for other in group.runs):
             warn(f"{run.path} is left out: {run.name} has another run with seed {run.result['seed']}")
         else:
             group.runs.append(run)
     return list(groups.values())
+
+
+def own_groups(folders):
+    """Groups of the runs in folders: those with a result.json in them or one level below. Raises UserError."""
+    runs = []
+    for folder in folders:
+        paths = sorted([*folder.glob("result.json"), *folder.glob("*/result.json")])
+        if not paths:
+            raise UserError(f"{folder}: there is no result.json in it, nor in a folder in it")
+        runs += [run for path in paths if (run := read_run(path, Path(path.anchor)))]
+    return group_runs({run.path: run for run in runs}.values(), by_name=False)
 
 
 def find_group(groups, name, folder):

@@ -21,6 +21,7 @@ class Comparison(NamedTuple):
     interval: tuple[float, float] | None
     floor: float  # the smallest p that this number of seeds can give
     p_value: float | None  # None if the seeds are too few for a test
+    paired: bool = False
 
 
 def summarise(values):
@@ -58,12 +59,23 @@ def compare_accuracies(accuracies, base, *, paired):
         return None
     if paired:
         difference, _, interval = summarise([x - y for x, y in zip(a, b, strict=True)])
-        floor = 2.0 ** (1 - len(a))  # two of the 2^n sign changes are as extreme as any difference can be
     else:
         difference, interval = statistics.fmean(a) - statistics.fmean(b), welch_interval(a, b)
-        floor = min(1.0, 2 / math.comb(len(a) + len(b), len(a)))  # two of the ways to choose the first group
+    floor = smallest_p(len(a), len(b), paired)
     testable = floor <= LEVEL and min(len(a), len(b)) > 1
-    return Comparison(difference, interval, floor, permutation_p(a, b, paired) if testable else None)
+    return Comparison(difference, interval, floor, permutation_p(a, b, paired) if testable else None, paired)
+
+
+def smallest_p(seeds, base_seeds, paired):
+    """The smallest p that the exact tests of compare_accuracies can give."""
+    if paired:
+        return 2.0 ** (1 - seeds)  # two of the 2^n sign changes are as extreme as any difference can be
+    return min(1.0, 2 / math.comb(seeds + base_seeds, seeds))  # two of the ways to choose the first group
+
+
+def enough_seeds(paired, comparisons):
+    """The smallest number of seeds per row that can give a verdict in a table of so many comparisons."""
+    return next(n for n in itertools.count(2) if comparisons * smallest_p(n, n, paired) <= LEVEL)
 
 
 def permutation_p(a, b, paired):
@@ -99,7 +111,8 @@ def verdicts(comparisons):
     for comparison in comparisons:
         p_value, floor = p_values.get(comparison), floors.get(comparison, comparison.floor)
         if p_value is None or floor > LEVEL:
-            lines.append(f"none, N is too small: p cannot go below {floor:.3g}")
+            enough = enough_seeds(comparison.paired, len(comparisons))
+            lines.append(f"none, N is too small: p cannot go below {floor:.3g}; {enough} seeds per row would do")
         elif p_value > LEVEL:
             lines.append(f"no difference shown, p = {p_value:.2g}")
         else:

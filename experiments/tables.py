@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from experiments.statistics import compare_accuracies, summarise, verdicts
 
+REPORTED = "published"  # what others report; columns that no row of a table fills are left out
 MINUTES = "minutes per run"  # on a GPU; a CPU's name alone does not tell how many cores there were
 
 
@@ -42,8 +43,9 @@ def group_cells(group, by):
     """The cells of a group in every table, by their headings."""
     values = list(group.accuracies(by).values())
     results = [run.result for run in group.runs]
-    headings = ("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", MINUTES, "device")
-    cells = dict.fromkeys(headings, "-")
+    headings = ("dataset", "epochs", "parameters", f"{by} accuracy", "95 % interval", "N", REPORTED, MINUTES)
+    cells = dict.fromkeys([*headings, "device"], "-")
+    cells[REPORTED] = group.published or "-"
     if results:
         cells["dataset"] = results[0]["dataset_name"]
         cells["epochs"] = spread(result["epochs"] for result in results)
@@ -64,9 +66,10 @@ def group_cells(group, by):
 def groups_table(groups, *, by="test", layout=aligned):
     """One line per group: what was run, mean ± standard deviation over seeds, 95 % interval, N, minutes on a GPU."""
     rows = [group_cells(group, by) for group in groups]
-    if all(cells[MINUTES] == "-" for cells in rows):
-        for cells in rows:
-            del cells[MINUTES]
+    for optional in (REPORTED, MINUTES):
+        if all(cells[optional] == "-" for cells in rows):
+            for cells in rows:
+                del cells[optional]
     return layout([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
 

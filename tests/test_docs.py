@@ -13,7 +13,8 @@ import torch
 from conftest import REPOSITORY, write_images
 
 import compare
-from experiments.plans import read_plan, script_parser
+from experiments.plans import read_plan
+from experiments.scripts import script_parser
 from models import build_model
 from models.attention import ATTENTIONS
 from training.flags import ESSENTIAL

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 import campaign
 from errors import UserError
-from experiments import plans
+from experiments import scripts
 from experiments.plans import read_plan
 
 # a training script of a tenth of a second: one seed fails, one waits to be stopped, the others leave a result
@@ -77,8 +77,8 @@ def workplace(tmp_path, monkeypatch):
     """A folder to be in, with train_fake.py and p.toml, a plan for it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setitem(plans.SCRIPTS, "train_fake.py", "fake_parser")
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{tmp_path}")
+    monkeypatch.setitem(scripts.SCRIPTS, "train_fake.py", "fake_parser")
     Path("train_fake.py").write_text(FAKE_SCRIPT)
     Path("p.toml").write_text(PLAN)
     yield tmp_path
@@ -229,7 +229,7 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
     Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 1"))
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below nohup\n"
-        "import campaign, errors; from experiments.plans import SCRIPTS\n"
+        "import campaign, errors; from experiments.scripts import SCRIPTS\n"
         "SCRIPTS['train_fake.py'] = 'fake_parser'; errors.run_script(campaign.main)"
     )
     command = [sys.executable, "-c", code, "p.toml"]

@@ -8,7 +8,7 @@ from test_campaign import PLAN, calls, names, workplace  # noqa: F401
 
 import campaign
 from errors import UserError
-from experiments import jobs, plans
+from experiments import jobs, scripts
 from experiments.jobs import Job, expected_minutes
 from experiments.plans import read_plan
 from experiments.runs import read_runs
@@ -78,8 +78,8 @@ def three_plans(workplace, monkeypatch):  # noqa: F811
         Path(name).write_text(text)
     for name, text in (("measure_fake.py", MEASURE_FAKE), ("map_fake.py", MAP_FAKE)):
         Path(name).write_text(text)
-    monkeypatch.setitem(plans.SCRIPTS, "measure_fake", "measure_parser")
-    monkeypatch.setitem(plans.SCRIPTS, "map_fake.py", "map_parser")
+    monkeypatch.setitem(scripts.SCRIPTS, "measure_fake", "measure_parser")
+    monkeypatch.setitem(scripts.SCRIPTS, "map_fake.py", "map_parser")
     return workplace
 
 

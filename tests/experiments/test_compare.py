@@ -2,15 +2,19 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import compare
 from errors import UserError
+from experiments.plans import fitting_runs, read_plan
 from experiments.runs import group_runs, read_runs
+from experiments.scripts import all_arguments, script_parser
 from experiments.statistics import Comparison, compare_accuracies, holm, summarise, verdicts, welch_interval
 from experiments.tables import PUBLISHED, parameter_score
+from training.arguments import given_arguments
 
 
 def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), **changes):
@@ -110,11 +114,22 @@ def test_holm_by_hand():
     )
 
 
+@pytest.mark.parametrize(("paired", "comparisons", "seeds"), [(False, 1, 4), (True, 1, 6), (False, 6, 5), (True, 6, 8)])
+def test_how_many_seeds_would_do(paired, comparisons, seeds):
+    """So many give each comparison of a table a verdict if it can have one, and one seed fewer gives none."""
+    for number in (seeds - 1, seeds):
+        low, high = ({seed: base + seed / 1000 for seed in range(number)} for base in (0.1, 0.9))
+        lines = verdicts([compare_accuracies(high, low, paired=paired) for _ in range(comparisons)])
+        assert all(line.startswith("better" if number == seeds else "none") for line in lines)
+        assert number == seeds or all(line.endswith(f"; {seeds} seeds per row would do") for line in lines)
+
+
 def test_no_verdict_where_the_correction_puts_it_out_of_reach():
     """Four seeds against four reach 0.029 alone, and 0.057 beside another comparison; too few are not counted."""
     strong, weak = Comparison(0.1, None, 2 / 70, 2 / 70), Comparison(-0.1, None, 0.25, None)
-    assert verdicts([strong, weak]) == ["better, p = 0.029", "none, N is too small: p cannot go below 0.25"]
-    assert verdicts([strong, strong]) == ["none, N is too small: p cannot go below 0.0571"] * 2
+    small = "none, N is too small: p cannot go below"
+    assert verdicts([strong, weak]) == ["better, p = 0.029", f"{small} 0.25; 5 seeds per row would do"]
+    assert verdicts([strong, strong]) == [f"{small} 0.0571; 5 seeds per row would do"] * 2
     six = Comparison(-0.1, None, 2 / 924, 0.01)
     assert verdicts([six, six._replace(p_value=0.3)]) == ["worse, p = 0.02", "no difference shown, p = 0.3"]
 
@@ -190,6 +205,90 @@ def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
         assert said in "\n".join(warnings)
 
 
+def old_and_new(folder, script, command, **changes):
+    """Two seeds of one command: a result of today, and one without the arguments that are newer than it."""
+    args = all_arguments(script, given_arguments(script_parser(script), command.split()))
+    newer = ("compile", "crop_pct", "drop_last", "attention", "pad", "opt_betas")
+    old = {name: value for name, value in args.items() if name not in newer}
+    if args["gamma"] is None:  # without effect; recorded with its default now
+        args["gamma"] = 0.1
+    for seed, known in ((0, old), (1, args | changes)):
+        path = write_measured(folder, "row", seed, 0.5, script=script)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"args": known | {"seed": seed}}))
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("train_vit.py", "--recipe strong --epochs 5"),
+        ("train_cct.py", "--model cct_2_3x2 --epochs 10"),
+        ("train_resnet_attn.py", "--recipe woof"),  # which has opt_betas of its own, drop_last and crop_pct
+    ],
+)
+def test_new_seeds_of_a_row_join_those_without_newer_arguments(tmp_path, script, command, capsys):
+    old_and_new(tmp_path, script, command)
+    [group] = group_runs(read_runs(tmp_path))
+    assert list(group.accuracies("test")) == [0, 1]
+    old_and_new(tmp_path, script, command, crop_pct=0.7)
+    assert len(group_runs(read_runs(tmp_path))) == 2
+
+
+def test_an_old_result_fits_a_row_that_names_a_newer_argument(tmp_path, capsys):
+    old_and_new(tmp_path / "p", "train_vit.py", "--epochs 5")
+    plan = tmp_path / "p.toml"
+    command = '"--epochs 5 --attention softmax --no-drop-last"'
+    plan.write_text(f'title = "T"\n[[rows]]\nname = "row"\nscript = "train_vit.py"\narguments = {command}\n')
+    fitting = fitting_runs(read_plan(plan), read_runs(tmp_path))
+    assert list(fitting["row"]) == [0, 1] and not capsys.readouterr().err
+    plan.write_text(plan.read_text().replace("--no-drop-last", "--drop-last"))
+    assert not fitting_runs(read_plan(plan), read_runs(tmp_path))["row"]
+
+
+def test_a_recipe_that_no_longer_exists_is_left_as_it_is(tmp_path):
+    write_measured(tmp_path, "row", 0, 0.5, args={"recipe": "better"})
+    [run] = read_runs(tmp_path)
+    assert "attention" not in run.result["args"]
+
+
+def write_own(folder, seed, accuracy, **changes):
+    """A run's folder as training leaves it."""
+    path = write_measured(folder, "x", seed, accuracy, curve=(0.1, accuracy), **changes)
+    path.with_suffix(".csv").rename(folder / "log.csv")
+    path.rename(folder / "result.json")
+
+
+def test_folders_of_runs_are_compared_where_they_are(tmp_path, capsys, monkeypatch):
+    """Seeds belong together by their arguments, whatever their folders are called; there need be no results/."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Path("checkpoints")
+    for seed, (name, accuracy) in enumerate([("vit", 0.5), ("vit-2", 0.52), ("again/vit", 0.54)]):
+        write_own(checkpoints / name, seed, accuracy)
+    for seed in range(3):
+        write_own(checkpoints / f"p/row-seed-{seed}", seed, 0.6 + seed / 100, args={"lr": 0.2})
+    write_own(checkpoints / "then", 3, 0.9, init_from="vit")  # the same arguments, from a trunk
+    names = [checkpoints / name for name in ("vit", "vit-2", "again/vit", "p", "then")]
+    out = lines_of(capsys, *names, "--plot", "own.png")
+    assert [line.split()[0] for line in out[1:4]] == ["checkpoints/vit", "checkpoints/p/row", "checkpoints/then"]
+    assert "52.00 ± 2.00 %" in out[1] and "61.00 ± 1.00 %" in out[2] and "90.00 %" in out[3]
+    assert out[6].startswith("checkpoints/p/row - checkpoints/vit") and Image.open("own.png").size == (960, 600)
+    absolute = lines_of(capsys, *(tmp_path / name for name in names[:4]))
+    assert [line.split()[1:] for line in absolute[1:3]] == [line.split()[1:] for line in out[1:3]]
+    with pytest.raises(UserError, match=r"checkpoints/again/vit/maps: there is no result.json in it"):
+        Path("checkpoints/again/vit/maps").mkdir()
+        compare.main(["checkpoints/again/vit/maps"])
+    listed = lines_of(capsys, "--results", "checkpoints")
+    assert [line.split()[0] for line in listed[1:]] == ["again/vit", "p/row", "then", "vit", "vit-2"]
+
+
+def test_what_others_report_stands_beside_what_was_measured(measured, plan, capsys):
+    plan.write_text(plan.read_text() + 'published = "92.6 (survey)"\n')
+    out = lines_of(capsys, "--results", measured, plan)
+    assert out[1].split()[-2:] == ["published", "device"]
+    assert out[2].endswith("3              -  AMD EPYC") and out[4].endswith("-  92.6 (survey)  -")
+    text = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured)
+    assert "published" not in text  # the row that has one is not measured
+
+
 def test_two_groups_side_by_side(measured, capsys):
     out = "\n".join(lines_of(capsys, "--results", measured, "plain", measured / "drop/better-seed-1.json"))
     assert (
@@ -211,7 +310,7 @@ def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
 
 def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path, capsys):
     """One point better on every seed, where the seeds lie ten points apart: only pairs can show it."""
-    starts = 'script = "train_cct.py"\narguments = ""\n'
+    starts = 'script = "train_resnet_attn.py"\narguments = ""\n'
     trunk = f'title = "T"\nseeds = 6\n[[rows]]\nname = "trunk"\n{starts}'
     end = f'[[rows]]\nname = "end"\n{starts}init_from = "trunk"\n'
     path = tmp_path / "p.toml"
@@ -219,7 +318,7 @@ def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path,
     for seed in range(6):
         for name, accuracy in (("trunk", 0.5), ("end", 0.3 + seed / 10), ("block", 0.31 + seed / 10)):
             start = None if name == "trunk" else f"trunk-seed-{seed}"
-            write_measured(measured, f"p/{name}", seed, accuracy, script="train_cct.py", init_from=start)
+            write_measured(measured, f"p/{name}", seed, accuracy, script="train_resnet_attn.py", init_from=start)
     lines = lines_of(capsys, "--results", measured, str(path))
     assert ["block", "-", "end", "paired", "+1.00", "+1.00", "to", "+1.00", "better,", "p", "=", "0.031"] in [
         line.split() for line in lines
@@ -365,7 +464,13 @@ BAD_COMPARISONS = {
     "x.toml cannot be read": ["x.toml"],
     "speed.toml has no rows to compare": ["plans/speed.toml"],
     "take no names": ["alone", "--score"],
-    "needs names of runs": ["--plot", "x.png"],
+    "--plot has no effect here: it needs names of runs": ["--plot", "x.png"],
+    "--plot has no effect here: --readme only": ["--plot", "x.png", "--readme", "README.md"],
+    "--paired has no effect here": ["--paired"],
+    "--paired has no effect here: it needs the names of two": ["--paired", "alone", "plans/nano.toml"],
+    "--by val has no effect here: --score takes": ["--by", "val", "--score"],
+    "--by val has no effect here: the markers": ["--by", "val", "--readme", "README.md"],
+    "--score has no effect here": ["--score", "--readme", "README.md"],
     "--readme README.txt cannot be read": ["--readme", "README.txt"],
     "there is no line <!-- table": ["--readme", "requirements.txt"],
     "invalid choice: 'train'": ["--by", "train"],
