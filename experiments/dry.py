@@ -31,6 +31,12 @@ def write_noise(folder):
                 Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"{number}.png")
 
 
+def implied_flags(row):
+    """What follows from a row's dataset, which TINY_RUN replaces, as flags."""
+    args = all_arguments(row.script, row.given)
+    return flags_of({f"--{flag}": args[flag.replace("-", "_")] for flag in ("recipe", "model", "image-size")})
+
+
 def dry_run(jobs, args):
     """Do the jobs in a temporary folder, in this process. Raises UserError that names the first one that failed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -42,20 +48,8 @@ def dry_run(jobs, args):
             print(f"--- dry run {number} of {len(jobs)}: {job.name}", flush=True)
             if job.seed is not None:
                 run, start = run_folder(job, places), start_of(job)
-                known = all_arguments(
-                    job.row.script, job.row.given
-                )  # the dataset, which TINY_RUN replaces, decides some
-                flags = ("--recipe", "--model", "--image-size")
-                arguments = flags_of({flag: known[flag[2:].replace("-", "_")] for flag in flags})
-                arguments += [
-                    *job.row.arguments,
-                    *TINY_RUN,
-                    *data,
-                    "--out-dir",
-                    str(run.parent),
-                    "--run-name",
-                    run.name,
-                ]
+                arguments = [*implied_flags(job.row), *job.row.arguments, *TINY_RUN, *data]
+                arguments += ["--out-dir", str(run.parent), "--run-name", run.name]
                 arguments += ["--init-from", str(run_folder(start, places))] if start else []
             elif job.row.checkpoint:
                 arguments = [str(measured_folder(job, places)), *SHORT_MEASUREMENTS[job.row.script], *data]

@@ -18,7 +18,7 @@ from experiments.plans import read_plan
 
 # a training script of a tenth of a second: one seed fails, one waits to be stopped, the others leave a result
 FAKE_SCRIPT = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from training.flags import Parser
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         sys.exit("error: planted")
     if args["wait"] == args["seed"] and not (folder / "begun").exists():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        (folder / "begun").touch()
+        (folder / "begun").write_text(str(os.getpid()))
         time.sleep(20)
     if args["minutes"] and args["minutes"] < 0.01:
         sys.exit()
@@ -224,9 +224,8 @@ def test_the_minutes_end_it_cleanly_and_are_handed_on(workplace, capfd):
     assert len(calls()) == 4
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, signum):
-    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 1"))
+def campaign_process(waiting):
+    """campaign.py p.toml in a process of its own, once the run named `waiting` has begun to wait."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below nohup\n"
         "import campaign, errors; from experiments.scripts import SCRIPTS\n"
@@ -237,15 +236,51 @@ def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, si
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     started = time.monotonic()
-    while not Path("checkpoints/p/plain-seed-1/begun").exists():
+    while not Path("checkpoints/p", waiting, "begun").exists():
         assert time.monotonic() - started < 20 and process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_once_and_ends_it_with_its_exit_code(workplace, signum):
+    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 1"))
+    process = campaign_process("plain-seed-1")
     os.killpg(process.pid, signum)  # as a terminal does
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and err == ""
     assert "stopped in p/plain, seed 1; to resume: python campaign.py p.toml" in out and len(calls()) == 3
     campaign.main(["p.toml"])
     assert len(calls()) == 2 and len(names("results/p")) == 8
+
+
+def test_a_campaign_that_was_killed_leaves_its_training_alone_in_its_folder(workplace, capfd):
+    Path("p.toml").write_text(PLAN.replace("--lr 0.1", "--lr 0.1 --wait 0"))
+    process = campaign_process("plain-seed-0")
+    process.kill()
+    process.wait()
+    calls()
+    with pytest.raises(UserError, match="1 of 2 runs failed: p/plain, seed 0"):
+        campaign.main(["p.toml", "--seeds", "1"])
+    assert "p/plain, seed 0 is still trained in checkpoints/p/plain-seed-0" in capfd.readouterr().err
+    assert ["other-seed-0" in call for call in calls()] == [True]
+    os.kill(int(Path("checkpoints/p/plain-seed-0/begun").read_text()), signal.SIGKILL)
+    time.sleep(0.2)
+    campaign.main(["p.toml", "--seeds", "1"])
+    assert ["plain-seed-0" in call for call in calls()] == [True]
+
+
+def test_a_campaign_runs_from_any_folder(workplace, tmp_path, monkeypatch, capfd):
+    """Also from one whose files have names of the project's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "errors.py").write_text("raise SystemExit('the wrong file')\n")
+    monkeypatch.chdir(elsewhere)
+    campaign.main(["../p.toml", "--seeds", "1"])
+    assert len(calls()) == 2 and names("results/p")[1] == "other-seed-0.json"
+    command, environment = scripts.script_command("benchmarks.augment")
+    shown = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True)
+    assert "--rounds" in shown.stdout, shown.stderr
 
 
 BAD_PLANS = {
@@ -263,6 +298,11 @@ BAD_PLANS = {
     "row 1 (a/b): a name may have letters, digits, . _ and - only": ('"plain"\nscript', '"a/b"\nscript'),
     "baseline = first is not a row; choose one of plain, other": ('baseline = "plain"', 'baseline = "first"'),
     "against = nobody is not a row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
+    "row 1 (plain): init_from = other: train_cct.py cannot start from a run": (
+        'script = "train_fake.py"\narguments = "--lr 0.1"',
+        'script = "train_cct.py"\ninit_from = "other"',
+    ),
+    "row 1 (plain): published cannot be 92.6": ('name = "plain"', 'name = "plain"\npublished = 92.6'),
     "two rows are named plain": ('name = "other"', 'name = "plain"'),
 }
 

@@ -9,6 +9,7 @@ from test_campaign import PLAN, calls, names, workplace  # noqa: F401
 import campaign
 from errors import UserError
 from experiments import jobs, scripts
+from experiments.dry import implied_flags
 from experiments.jobs import Job, expected_minutes
 from experiments.plans import read_plan
 from experiments.runs import read_runs
@@ -168,9 +169,23 @@ def test_times_follow_from_epochs_and_from_finished_runs(three_plans, monkeypatc
     assert minutes(plain, 1) is None  # it was on "none"
     monkeypatch.setattr(jobs, "device_name", lambda device: "none")
     assert minutes(plain, 1) == 1 and minutes(other, 1) is None
+    # a finished run of another command is trained again: its log says nothing about that
+    (folder / "plain-seed-0" / "result.json").write_text(json.dumps(run.result | {"args": {"lr": 0.7}}))
+    write_log(folder / "plain-seed-0", [1, 1, 1, 1])
+    assert minutes(plain, 0) == 1
+    (folder / "plain-seed-0" / "last.pt").unlink()
+    assert minutes(plain, 0) == 1
 
 
 # Dry runs
+
+
+def test_a_dry_run_takes_what_follows_from_the_dataset_that_it_replaces(tmp_path):
+    plan = tmp_path / "p.toml"
+    row = '[[rows]]\nname = "a"\nscript = "train_resnet_attn.py"\narguments = "--recipe strong --dataset imagewoof"'
+    plan.write_text(f'title = "T"\n{row}\n')
+    flags = ["--recipe", "strong", "--model", "xresnet50", "--image-size", "128"]
+    assert implied_flags(read_plan(plan).rows[0]) == flags
 
 
 def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatch):
@@ -179,6 +194,7 @@ def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatc
     small = "--recipe survey --width 8 --epochs 30 --image-size 16"
     rows = [
         ("vit", "train_vit.py", tiny, ""),
+        ("shapes", "train_vit.py", "--dataset shapes --embed-dim 16 --num-heads 2", ""),
         ("trunk", "train_resnet_attn.py", small, ""),
         ("then", "train_resnet_attn.py", f"{small} --attention graph --freeze trunk", 'init_from = "trunk"\n'),
     ]
@@ -188,7 +204,8 @@ def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatc
     )
     campaign.main([str(plan), "--dry", "--device", "cpu", "--results", str(tmp_path / "results")])
     said = capfd.readouterr().out
-    assert "dry run 4 of 4: dry/map" in said and "the trunk is that of" in said and said.count("epoch 1/1") == 3
+    assert "dry run 5 of 5: dry/map" in said and "the trunk is that of" in said and said.count("epoch 1/1") == 4
+    assert "recipe quick: folder" in said  # of the row on shapes
     assert not (tmp_path / "results").exists()
     plan.write_text(plan.read_text().replace("graph --freeze", "graph --patch-size 99 --freeze"))
     with pytest.raises(UserError, match=r"dry/then, seed 0: .*patch"):
