@@ -67,7 +67,7 @@ def draw_groups(path, groups, *, by):
 def draw_scores(path, groups):
     """Accuracy against parameters of our runs and the published ones, with lines of equal score."""
     ours = [(params, 100 * accuracy, group.name) for group, accuracy, params in scored_groups(groups)]
-    published = sorted((point.params, 100 * point.accuracy, point.name) for point in PUBLISHED)
+    published = sorted((point.params, 100 * point.accuracy, point.name) for point in PUBLISHED if point.accuracy > 0.7)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for points, label, marker in ((ours, "measured here", "o"), (published, "published", "^")):

@@ -75,33 +75,37 @@ def write_log(path, history):
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def draw_curves(path, history, *, mark_falls):
-    """Loss and accuracy against the epoch; with mark_falls, a dotted line wherever the learning rate fell."""
+def draw_curves(path, history, args):
+    """Loss and accuracy against the epoch of a run with the arguments args; a dotted line where multistep acted.
+
+    A training loss with label smoothing or mixed labels, and an accuracy on mixed images, are other quantities than
+    those on validation and test images: they have axes of their own.
+    """
     epochs = [row["epoch"] for row in history]
-    falls = [row["epoch"] for before, row in itertools.pairwise(history) if mark_falls and row["lr"] < before["lr"]]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-        for split, colour in (("train", "C0"), ("val", "C2"), ("test", "C1")):
-            values = [row[f"{split}_{quantity}"] for row in history]
-            if values[-1] is not None:
-                axes.plot(
-                    epochs,
-                    [scale * value for value in values],
-                    colour,
-                    label=split,
-                    marker="." if len(epochs) < 30 else "",
-                )
+    stepped = args.sched == "multistep"
+    falls = [row["epoch"] for before, row in itertools.pairwise(history) if stepped and row["lr"] < before["lr"]]
+    mixed, smoothed = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
+    other = [("train_loss", f"training loss{smoothed}{', mixed labels' if mixed else ''}")] if smoothed or mixed else []
+    other += [("train_accuracy", "training accuracy on mixed images (%)")] if mixed else []
+    panels = [([name], label) for name, label in other]
+    for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
+        names = [f"{split}_{quantity}" for split in ("train", "val", "test")]
+        panels.append(([name for name in names if name not in dict(other)], label))
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (names, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name in (name for name in names if history[-1][name] is not None):
+            split, _, quantity = name.partition("_")
+            values = [row[name] * (100 if quantity == "accuracy" else 1) for row in history]
+            colour = {"train": "C0", "val": "C2", "test": "C1"}[split]
+            axes.plot(epochs, values, colour, label=split, marker="." if len(epochs) < 30 else "")
         for epoch in falls:
-            axes.axvline(
-                epoch - 0.5, color="grey", linestyle=":", label="learning rate fell" if epoch == falls[0] else None
-            )
+            label_once = "learning rate fell" if epoch == falls[0] else None
+            axes.axvline(epoch - 0.5, color="grey", linestyle=":", label=label_once)
         axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    loss.set_ylabel("loss (cross entropy)")
-    accuracy.set_ylabel("accuracy (%)")
-    loss.legend()
+        axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

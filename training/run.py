@@ -147,7 +147,7 @@ class Run:
         self.unwritten = {}
         if self.history:
             write_log(self.folder / "log.csv", self.history)
-            draw_curves(self.folder / "curves.png", self.history, mark_falls=self.args.sched == "multistep")
+            draw_curves(self.folder / "curves.png", self.history, self.args)
         # last: a run killed before this line resumes from the previous last.pt and writes the files above again
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
         self.last_writing = time.monotonic()

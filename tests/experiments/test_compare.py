@@ -14,7 +14,9 @@ from experiments.runs import group_runs, read_runs
 from experiments.scripts import all_arguments, script_parser
 from experiments.statistics import Comparison, compare_accuracies, holm, summarise, verdicts, welch_interval
 from experiments.tables import PUBLISHED, parameter_score
+from models import build_model
 from training.arguments import given_arguments
+from training.outputs import count_parameters
 
 
 def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), **changes):
@@ -423,12 +425,32 @@ def test_the_score_and_what_was_published():
     assert parameter_score(0.75145, 3_191_397) == pytest.approx(161.2, abs=0.05)
     scores = {point.name: round(parameter_score(point.accuracy, point.params)) for point in PUBLISHED}
     assert scores == {
+        "MicroNet": 2131,
+        "ZenNet-0.5M": 1980,
         "CondenseNet-86": 1223,
+        "HCGNet-A1": 1079,
         "CCT-6/3x1": 212,
         "CCT-7/3x1": 187,
         "CCT-6/3x1, report": 161,
+        "CCT-6/3x2": 134,
+        "CCT-7/3x2": 128,
         "CCT-4/3x2": 95,
+        "CVT-7/4": 81,
+        "CVT-6/4": 71,
+        "ViT-B/16, report": 13,
+        "CCT-2/3x2": -1093,
+        "ViT, report": -1282,
     }
+    assert list(scores) == sorted(scores, key=scores.get, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["cvt_7_4", "cvt_6_4", "cct_2_3x2", "cct_4_3x2", "cct_6_3x2", "cct_7_3x2", "cct_7_3x1"]
+)
+def test_published_sizes_are_those_of_the_models(name):
+    family, layers, rest = name.split("_")
+    [point] = [point for point in PUBLISHED if point.name == f"{family.upper()}-{layers}/{rest}"]
+    assert point.params == count_parameters(build_model(name))
 
 
 def test_scores_are_of_cifar100_with_both_counts(measured, capsys):

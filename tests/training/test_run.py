@@ -80,12 +80,15 @@ def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
         choose(tmp_path, resume="auto", run_name="mine")
 
 
+PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+
+
 def small_run(folder, **options):
     """A Run of one linear layer on nothing in particular."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = {"epochs": 9, "seed": 0, "image_size": 1, "sched": "multistep", "save_epochs": [1, 3], "patience": None}
-    start = Start("train_vit.py", {"linear": ()}, Namespace(**args | {"model": "linear"} | options), folder)
+    start = Start("train_vit.py", {"linear": ()}, Namespace(**PLAIN | args | {"model": "linear"} | options), folder)
     return Run(
         start,
         model,
@@ -185,13 +188,45 @@ def test_best_means_strictly_better():
 def test_curves_mark_where_the_learning_rate_fell(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
-    for mark in (True, False):
-        draw_curves(tmp_path / "curves.png", history(*np.linspace(0.2, 0.7, 6)), mark_falls=mark)
+    for mark in ("multistep", "cosine"):
+        draw_curves(tmp_path / "curves.png", history(*np.linspace(0.2, 0.7, 6)), Namespace(sched=mark, **PLAIN))
     marked, plain = (figure.axes for figure in drawn)
     for axes, losses in ((marked, "loss"), (plain, "loss")):
         assert [line.get_label() for line in axes[0].lines][:2] == ["train", "val"] and losses in axes[0].get_ylabel()
     assert [line.get_xdata()[0] for line in marked[0].lines[2:]] == [3.5] and len(plain[0].lines) == 2
     assert marked[1].lines[1].get_ydata()[-1] == pytest.approx(70)
+
+
+@pytest.mark.parametrize(
+    ("quantities", "panels"),
+    [
+        ({}, {"loss (cross entropy)": ["train", "val"], "accuracy (%)": ["train", "val"]}),
+        (
+            {"smoothing": 0.1},
+            {
+                "training loss, label smoothing 0.1": ["train"],
+                "loss (cross entropy)": ["val"],
+                "accuracy (%)": ["train", "val"],
+            },
+        ),
+        (
+            {"smoothing": 0.1, "mixup": 0.8},
+            {
+                "training loss, label smoothing 0.1, mixed labels": ["train"],
+                "training accuracy on mixed images (%)": ["train"],
+                "loss (cross entropy)": ["val"],
+                "accuracy (%)": ["val"],
+            },
+        ),
+    ],
+)
+def test_curves_that_share_axes_show_one_quantity(tmp_path, monkeypatch, quantities, panels):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    draw_curves(tmp_path / "curves.png", history(0.2, 0.7), Namespace(sched="cosine", **PLAIN | quantities))
+    [figure] = drawn
+    found = {axes.get_ylabel(): [line.get_label() for line in axes.lines] for axes in figure.axes}
+    assert found == panels
 
 
 def test_epoch_lines_are_aligned():
