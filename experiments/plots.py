@@ -67,7 +67,8 @@ def draw_groups(path, groups, *, by):
 def draw_scores(path, groups):
     """Accuracy against parameters of our runs and the published ones, with lines of equal score."""
     ours = [(params, 100 * accuracy, group.name) for group, accuracy, params in scored_groups(groups)]
-    published = sorted((point.params, 100 * point.accuracy, point.name) for point in PUBLISHED if point.accuracy > 0.7)
+    shown = sorted((point for point in PUBLISHED if point.accuracy > 0.7), key=lambda point: point.accuracy)
+    published = [(point.params, 100 * point.accuracy, point.name) for point in shown]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for points, label, marker in ((ours, "measured here", "o"), (published, "published", "^")):
@@ -75,8 +76,8 @@ def draw_scores(path, groups):
         axes.scatter(x, y, marker=marker, label=label, zorder=3)
     for params, accuracy, name in ours:
         axes.annotate(name, (params, accuracy), (0, 6), textcoords="offset points", fontsize=8, ha="center")
-    for params, accuracy, name in published:  # names stand left of their points, except that of the largest
-        offset, side = ((7, -3), "left") if params == published[-1][0] else ((-7, -3), "right")
+    for index, (params, accuracy, name) in enumerate(published):  # in turn left and right, so that they do not overlap
+        offset, side = ((7, -3), "left") if index % 2 else ((-7, -3), "right")
         axes.annotate(name, (params, accuracy), offset, textcoords="offset points", fontsize=8, ha=side)
     axes.set_xscale("log")
     axes.margins(x=0.3, y=0.1)
