@@ -32,8 +32,9 @@ def compare_parser():
     add(
         "names",
         nargs="*",
+        default=[],
         metavar="NAME",
-        help="runs, by name, file or folder, of which the first is the baseline; or plans",
+        help="runs (names, files, folders; the first is the baseline), or plans",
     )
     add("--by", choices=("test", "val"), default="test", help="the accuracy; use val to choose between models")
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
@@ -88,10 +89,8 @@ def named_groups(names, groups, results):
     own = own_groups([Path(name) for name in names if Path(name).is_dir()])
     found = []
     for name in names:
-        if Path(name).is_dir():
-            found += [group for group in own if any(run.path.is_relative_to(name) for run in group.runs)]
-        else:
-            found.append(find_group(groups, name, results))
+        inside = [group for group in own if any(run.path.is_relative_to(name) for run in group.runs)]
+        found += inside or [find_group(groups, name, results)]
     return list({id(group): group for group in found}.values())
 
 
@@ -103,28 +102,21 @@ def chosen_tables(args, measured, groups):
         if not plan.rows:
             raise UserError(f"{name} has no rows to compare, only measurements")
         tables.append((f"{plan.title} ({plan.name})", plan_pairs(plan, fitting_runs(plan, measured))))
-    found = named_groups([name for name in args.names if not name.endswith(".toml")], groups, args.results)
-    if found:
+    if found := named_groups([name for name in args.names if not name.endswith(".toml")], groups, args.results):
         tables.append((None, [(group, found[0] if group is not found[0] else None, args.paired) for group in found]))
     return tables
 
 
 def check_flags(args):
     """Raises UserError for flags without effect."""
-    if args.names and (args.score or args.readme):
-        raise UserError(f"{' '.join(args.names)}: --score and --readme take no names")
-    runs = [name for name in args.names if not name.endswith(".toml")]
-    no_effect = [
-        ("--paired", args.paired and len(runs) < 2, "it needs the names of two runs; plans pair seeds by themselves"),
-        ("--by val", args.by == "val" and args.score, "--score takes test accuracies"),
-        ("--by val", args.by == "val" and args.readme, "the markers in the file say it"),
-        ("--score", args.score and args.readme, "--readme only fills in tables"),
-        ("--plot", args.plot and args.readme, "--readme only fills in tables"),
-        ("--plot", args.plot and not (args.names or args.score), "it needs names of runs, or --score"),
-    ]
-    for flag, wrong, reason in no_effect:
-        if wrong:
-            raise UserError(f"{flag} has no effect here: {reason}")
+    mode = next((mode for mode in ("readme", "score", "names") if getattr(args, mode)), None)
+    uses = {"readme": (), "score": ("plot",), "names": ("plot", "paired", "by"), None: ("by",)}[mode]
+    for flag in ("names", "score", "plot", "paired", "by"):
+        if getattr(args, flag) != compare_parser().get_default(flag) and flag not in (mode, *uses):
+            given = "names of runs" if flag == "names" else f"--{flag}"
+            raise UserError(f"no effect: {given} {f'with --{mode}' if mode else 'without names of runs'}")
+    if args.paired and len([name for name in args.names if not name.endswith(".toml")]) < 2:
+        raise UserError("--paired needs the names of two runs; plans pair seeds by themselves")
 
 
 def main(argv=None):
@@ -132,8 +124,8 @@ def main(argv=None):
     check_flags(args)
     if args.readme:
         return fill_readme(args.readme, args.results)
-    own = args.names and all(Path(name).is_dir() for name in args.names)
-    measured = [] if own else read_runs(args.results)
+    only_folders = args.names and all(Path(name).is_dir() for name in args.names)
+    measured = [] if only_folders else read_runs(args.results)
     groups = group_runs(measured)
     if args.score:
         print(score_table(groups))

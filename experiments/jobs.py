@@ -2,10 +2,7 @@
 
 import csv
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,14 +10,9 @@ from typing import NamedTuple
 
 from experiments.plans import Measurement, Plan, PlanRow, by_name, misfit, run_name
 from experiments.runs import read_run
-from experiments.scripts import all_arguments, script_command
+from experiments.scripts import all_arguments, is_locked, run_command
 from files import make_folder, write_atomically
 from training.device import device_name, pick_device
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class Job(NamedTuple):
@@ -133,56 +125,6 @@ def minutes_by_log(job, log):
 # Doing them
 
 
-def is_locked(file):
-    """Whether another process holds the lock of an open file; if not, this one holds it now, where there are locks."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a mounted drive may have none
-        pass
-    return False
-
-
-def run_command(script, arguments, deadline=math.inf, *, lock=None):
-    """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic().
-
-    The script inherits `lock`, an open file: what locks it ends with the script, even if this process is killed
-    before. A signal that stops this process is passed on to the script, and raised once the script has ended. The script
-    has a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving.
-    """
-    command, environment = script_command(script)
-    inherited = [lock.fileno()] if lock and fcntl else []
-    process = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, pass_fds=inherited)
-    received = []
-
-    def pass_on(signum, frame):
-        received.append(signum)
-        if os.name == "posix":  # on Windows, Ctrl-C reaches the command anyway
-            process.send_signal(signal.SIGTERM)
-
-    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {stop: signal.signal(stop, pass_on) for stop in stops if signal.getsignal(stop) != signal.SIG_IGN}
-    late = False
-    try:
-        while process.poll() is None:
-            try:
-                process.wait(timeout=1)
-            except subprocess.TimeoutExpired:
-                if not late and os.name == "posix" and time.monotonic() > deadline:
-                    late = True
-                    process.send_signal(signal.SIGTERM)
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    if received:
-        interrupt = KeyboardInterrupt()
-        interrupt.exit_code = 128 + received[0]
-        raise interrupt
-    return None if late else process.returncode
-
-
 def flags_of(values):
     """{flag: value} as a list of arguments, without those that are None."""
     return [part for flag, value in values.items() if value is not None for part in (flag, str(value))]
@@ -215,16 +157,12 @@ def do_run(job, args, deadline):
     command = flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
     command += [*flags_of({"--init-from": weights}), *job.row.arguments]
     command += flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
-    command += ["--overwrite"] if is_replaced(job, folder) else ["--resume", "auto"]
     make_folder(folder.parent)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         if is_locked(lock):
-            print(
-                f"{job.name} is still trained in {folder}, by a campaign that was killed or runs now: wait for it, or",
-                "end that process",
-                file=sys.stderr,
-            )
+            print(f"{job.name} is still trained in {folder}, by another campaign or a killed one's", file=sys.stderr)
             return 2, None
+        command += ["--overwrite"] if is_replaced(job, folder) else ["--resume", "auto"]
         code = run_command(job.row.script, command, lock=lock)
     if code or not finished.exists():
         return code or 0, None

@@ -54,8 +54,7 @@ def warn(message):
 def read_run(path, folder):
     """The MeasuredRun in a JSON file below `folder`; None, with a warning on stderr, if the file is not a result.
 
-    Its arguments are completed (see all_arguments): results are older than some arguments. A result.json, as a run
-    leaves it, is named after its folder.
+    Arguments that are newer than it are added (see all_arguments). A result.json is named after its folder.
     """
     name = path.parent if path.name == "result.json" else path.with_suffix("")
     name = re.sub(r"-seed-\d+$", "", name.relative_to(folder).as_posix())

@@ -1,14 +1,24 @@
 """The scripts that plans and results name: their parsers, their arguments, and how they are run."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import math
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from errors import UserError
 from training.arguments import EFFECT_CONDITIONS
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # {what a row or a measurement may run: the function that makes its parser}
 SCRIPTS = {
@@ -40,14 +50,55 @@ def all_arguments(script, given):
     """
     recipe, defaults = script_module(script).chosen_recipe(given)
     args = vars(script_parser(script).parse_args([])) | defaults | {"recipe": recipe} | given
-    namespace = argparse.Namespace(**args)
-    without = [name for name in args if name in EFFECT_CONDITIONS and not EFFECT_CONDITIONS[name][0](namespace)]
-    return args | dict.fromkeys(without)
+    known = [name for name in args if name in EFFECT_CONDITIONS]
+    return args | {name: None for name in known if not EFFECT_CONDITIONS[name][0](argparse.Namespace(**args))}
 
 
-def script_command(script):
-    """(command, environment) that run a script from any working folder, whatever that folder holds."""
-    project = str(Path(importlib.util.find_spec("errors").origin).parent)
-    paths = [project, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-P", "-m", script.removesuffix(".py")]
-    return command, os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+def is_locked(file):
+    """Whether another process holds the lock of an open file; if not, this one holds it now, where there are locks."""
+    with contextlib.suppress(OSError):  # a mounted drive may have no locks
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def run_command(script, arguments, deadline=math.inf, *, lock=None):
+    """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic().
+
+    The script inherits `lock`, an open file, which stays locked until it ends, even if this process is killed before. A
+    signal that stops this process is passed on to the script, and raised once the script has ended. The script has
+    a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving.
+    """
+    project = str(Path(importlib.util.find_spec("errors").origin).parent)  # the working folder may be another one
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", project)])}
+    command = [sys.executable, "-P", "-m", script.removesuffix(".py"), *arguments]
+    inherited = [lock.fileno()] if lock and fcntl else []
+    process = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=inherited)
+    received = []
+
+    def pass_on(signum, frame):
+        received.append(signum)
+        if os.name == "posix":  # on Windows, Ctrl-C reaches the command anyway
+            process.send_signal(signal.SIGTERM)
+
+    stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {stop: signal.signal(stop, pass_on) for stop in stops if signal.getsignal(stop) != signal.SIG_IGN}
+    late = False
+    try:
+        while process.poll() is None:
+            try:
+                process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                if not late and os.name == "posix" and time.monotonic() > deadline:
+                    late = True
+                    process.send_signal(signal.SIGTERM)
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    if received:
+        interrupt = KeyboardInterrupt()
+        interrupt.exit_code = 128 + received[0]
+        raise interrupt
+    return None if late else process.returncode

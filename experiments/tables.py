@@ -115,10 +115,9 @@ class PublishedPoint(NamedTuple):
     source: str
 
 
-# Accuracies of CVT and CCT: the table in github.com/SHI-Labs/Compact-Transformers (200 epochs). Parameters as published:
-# without the positional embedding for CCT-6/3x1, with it for the others. The CCT report's other models are not known.
+# CVT and CCT: the table in github.com/SHI-Labs/Compact-Transformers (200 epochs), with parameters as published: without
+# the positional embedding for CCT-6/3x1, with it for the others. MicroNet's accuracy is that of 36 % of its weights.
 PUBLISHED = (
-    # 80.03 % was reached after 64 % of the weights were pruned, and with an early exit of 20,660 more
     PublishedPoint("MicroNet", 0.8003, 470_776, "OSI AI 2019, their repository, weights before pruning"),
     PublishedPoint("ZenNet-0.5M", 0.799, 500_000, "Lin et al. 2021, table in their repository"),
     PublishedPoint("CondenseNet-86", 0.7636, 520_000, "Huang et al. 2018, table in their repository"),

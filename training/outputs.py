@@ -85,15 +85,14 @@ def draw_curves(path, history, args):
     stepped = args.sched == "multistep"
     falls = [row["epoch"] for before, row in itertools.pairwise(history) if stepped and row["lr"] < before["lr"]]
     mixed, smoothed = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
-    other = [("train_loss", f"training loss{smoothed}{', mixed labels' if mixed else ''}")] if smoothed or mixed else []
-    other += [("train_accuracy", "training accuracy on mixed images (%)")] if mixed else []
-    panels = [([name], label) for name, label in other]
+    other = {"train_loss": f"training loss{smoothed}{', mixed labels' if mixed else ''}"} if smoothed or mixed else {}
+    other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
+    panels = [([name], label) for name, label in other.items()]
     for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
-        names = [f"{split}_{quantity}" for split in ("train", "val", "test")]
-        panels.append(([name for name in names if name not in dict(other)], label))
+        panels.append(([f"{split}_{quantity}" for split in ("train", "val", "test")], label))
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (names, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for name in (name for name in names if history[-1][name] is not None):
+        for name in (n for n in names if history[-1][n] is not None and (n not in other or names == [n])):
             split, _, quantity = name.partition("_")
             values = [row[name] * (100 if quantity == "accuracy" else 1) for row in history]
             colour = {"train": "C0", "val": "C2", "test": "C1"}[split]
