@@ -7,6 +7,8 @@
 Unlike rollout.py it needs no attention in the model.
 """
 
+import re
+
 import torch
 
 from errors import run_script
@@ -28,7 +30,7 @@ def draw_image_attributions(args, model, checkpoint, chosen, out):
     classes = checkpoint["classes"]
     targets = [find_class(name, classes) for name in args.target or ()]
     methods = chosen_methods(args, ATTRIBUTIONS, default="integrated_gradients")
-    label = methods[0] if len(methods) == 1 else "all"
+    label = methods[0] if len(methods) == 1 else "attribution-all"
     device = next(model.parameters()).device
     written = []
     for explained in chosen:
@@ -43,7 +45,9 @@ def draw_image_attributions(args, model, checkpoint, chosen, out):
                 if delta is not None:
                     title += f", delta {delta.item():+.3f}"
                 rows.append((title, maps[0].cpu().numpy()))
-                written.append(out / f"{explained.name}-{method}-{classes[target]}.npy")
+                # by index too: names may be alike, or become so
+                safe = re.sub(r"[^\w.-]+", "_", classes[target])
+                written.append(out / f"{explained.name}-{method}-{target}-{safe}.npy")
                 save_map(written[-1], rows[-1][1])
         written.append(out / f"{explained.name}-{label}.{args.format}")
         caption = caption_of(explained, probabilities, classes)

@@ -2,6 +2,7 @@
 
     python rollout.py checkpoints/vit --index 3 17 42
     python rollout.py checkpoints/vit --image photo.jpg --method all
+    python rollout.py checkpoints/vit --class bird --split train --layer 1 --patches
     python rollout.py checkpoints/vit --evaluate
 
 As a library, for any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention:
@@ -13,23 +14,26 @@ As a library, for any model whose attention is torch's scaled_dot_product_attent
 
 import torch
 
-from errors import run_script
+from errors import UserError, run_script
 from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
-from maps.draw import draw_layers, draw_matrix, draw_panel, save_map
+from maps.draw import draw_layers, draw_matrix, draw_panel, draw_patches, save_map
 from maps.images import caption_of, find_class, normalised
 from maps.methods import (
     METHODS,
     attention_maps,
+    attention_matrices,
+    fuse_heads,
     gradient_rollout,
-    maps_as_reported,
+    maps_in_training_mode,
     model_maps,
     raw,
     relevance,
     report,
+    report_column,
     rollout,
 )
 from maps.recorder import AttentionRecorder
-from training.flags import fraction
+from training.flags import at_least, fraction
 
 __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "relevance", "report", "rollout"]
 
@@ -44,7 +48,10 @@ def rollout_parser():
     help_text = "the class that gradient_rollout and relevance explain (default: the predicted one)"
     add("--target", metavar="CLASS", help=help_text)
     add("--layers", action="store_true", help="also draw every layer and head by itself")
-    add("--matrix", action="store_true", help="also draw the whole matrix from tokens to tokens")
+    add("--matrix", action="store_true", help="also draw the method's whole matrix from tokens to tokens")
+    help_text = "also draw the matrix of these layers' attention, numbered from 1"
+    add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
+    add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
     return parser
 
 
@@ -52,15 +59,21 @@ def draw_maps(args, model, checkpoint, chosen, out):
     """Write the maps of each chosen image, and a panel of all images; returns the paths."""
     classes = checkpoint["classes"]
     methods = chosen_methods(args, METHODS, default="rollout")
-    label = methods[0] if len(methods) == 1 else "all"
+    label = methods[0] if len(methods) == 1 else "rollout-all"
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     device = next(model.parameters()).device
     inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
     targets = None
     if args.target is not None:
         targets = torch.full((len(chosen),), find_class(args.target, classes), device=device)
-    maps, logits = attention_maps(model, inputs, methods, targets=targets, **options)
+    matrices, logits, recorder = attention_matrices(model, inputs, methods, targets=targets, **options)
+    maps = {method: model_maps(model, matrices[method], recorder.pooling) for method in methods}
     by_image = [{method: maps[method][i].cpu().numpy() for method in methods} for i in range(len(chosen))]
+    drawn = {method: matrices[method] for method in methods if args.matrix}  # {title: matrices (B, N, N)}
+    for layer in args.layer:
+        if layer > len(recorder.attentions):
+            raise UserError(f"--layer {layer}: the model has {len(recorder.attentions)} layers with attention")
+        drawn[f"layer-{layer}"] = fuse_heads(recorder.attentions[layer - 1], args.head_fusion)
     captions = [caption_of(*pair, classes) for pair in zip(chosen, logits.softmax(1).cpu(), strict=True)]
 
     look = {"interpolation": args.interpolation, "dpi": args.dpi}
@@ -77,16 +90,15 @@ def draw_maps(args, model, checkpoint, chosen, out):
     if len(chosen) > 1:
         shown = [explained.shown for explained in chosen]
         draw_panel(new_path(f"panel-{label}.{args.format}"), shown, captions, by_image, **look)
-    if args.layers or args.matrix:
-        with torch.no_grad(), AttentionRecorder(model) as recorder:
-            model(inputs)
     for i, (explained, caption) in enumerate(zip(chosen, captions, strict=True)):
         if args.layers:
             layers = maps_of_layers(model, recorder, i)
             draw_layers(new_path(f"{explained.name}-layers.{args.format}"), explained.shown, caption, layers, **look)
-        if args.matrix:
-            matrix = rollout(recorder.attentions, **options, class_token=recorder.pooling is None)[i].cpu().numpy()
-            draw_matrix(new_path(f"{explained.name}-matrix.{args.format}"), matrix, caption, dpi=args.dpi)
+        for title, matrix in drawn.items():
+            path = new_path(f"{explained.name}-{title}-matrix.{args.format}")
+            draw_matrix(path, matrix[i].cpu().numpy(), f"{title.replace('_', ' ')}\n{caption}", dpi=args.dpi)
+        if args.patches:
+            draw_patches(new_path(f"{explained.name}-patches.{args.format}"), model, explained.pixels, dpi=args.dpi)
     return written
 
 
@@ -100,8 +112,9 @@ def maps_of_layers(model, recorder, index):
 
 
 def attention_explainers(model, args):
-    """The chosen methods, and the report's way of running, as evaluate takes them: {name: function}.
+    """The chosen methods, and what the report leaves open, as evaluate takes them: {name: function}.
 
+    That is the model's mode, and whether the class token's row or its column of the report's matrix is the map.
     A name includes the options that are not the defaults, so that several evaluations share one table.
     """
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
@@ -111,10 +124,16 @@ def attention_explainers(model, args):
         return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
 
     found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
+
+    def in_training_mode(join):
+        return lambda images, classes: maps_in_training_mode(model, images, join=join)
+
     if "report" in found:
-        found["report, as it was run"] = lambda images, classes: maps_as_reported(model, images, join=report)
+        found["report, column"] = explainer("report_column")
+        found["report, training mode"] = in_training_mode(report)
+        found["report, column, training mode"] = in_training_mode(report_column)
     if "rollout" in found:
-        found["rollout, run that way"] = lambda images, classes: maps_as_reported(model, images, join=rollout)
+        found["rollout, training mode"] = in_training_mode(rollout)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 
 from errors import UserError
+from maps.methods import without_padding
 
 INTERNAL_BATCH = 256  # images per forward pass, at most, in methods that need many passes
 STEPS_OF_PATH = 50  # of integrated gradients
@@ -76,23 +77,25 @@ def occlusion(model, images, classes):
 def grad_cam(model, images, classes):
     """Grad-CAM (Selvaraju et al. 2017) of a transformer's tokens (see token_grad_cam) or a ResNet's `layer4`.
 
-    Raises UserError for a model with neither.
+    A transformer has `blocks`, or torch's nn.MultiheadAttention. Raises UserError for a model with neither.
     """
-    if hasattr(model, "blocks"):
-        return token_grad_cam(model, images, classes), None
+    multihead = [module for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
+    if hasattr(model, "blocks") or multihead:
+        attention = model.blocks[-1].attn if hasattr(model, "blocks") else multihead[-1]
+        return token_grad_cam(model, attention, images, classes), None
     if not hasattr(model, "layer4"):
         raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4: choose another --method")
     cam = LayerGradCam(model, model.layer4).attribute(images, target=classes, relu_attributions=True)
     return cam.detach()[:, 0], None
 
 
-def token_grad_cam(model, images, classes):
-    """Grad-CAM (B, rows, columns) of the tokens that enter the last block's attention, on the model's grid.
+def token_grad_cam(model, attention, images, classes):
+    """Grad-CAM of the tokens that enter `attention`, the last block's: (B, rows, columns), as in without_padding.
 
     After that attention only the class token has a gradient. If the block is used several times, the last use counts.
     """
     kept = []
-    hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    hook = attention.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     try:
         with torch.enable_grad():
             logits = model(images)
@@ -103,7 +106,7 @@ def token_grad_cam(model, images, classes):
     importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
     rows, columns = model.grid
     relevance = (features * importance).sum(2).clamp(min=0)  # (B, N)
-    return relevance[:, -rows * columns :].unflatten(1, (rows, columns))
+    return without_padding(model, relevance[:, -rows * columns :].unflatten(1, (rows, columns)))
 
 
 ATTRIBUTIONS = {

@@ -1,5 +1,6 @@
 """What rollout.py and attribute.py share: flags, the checkpoint and images to open, the evaluation of a checkpoint."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from errors import UserError, bar_disabled
 from files import make_folder, write_atomically
 from maps.draw import draw_deletion_curves
 from maps.evaluate import baselines, evaluate
-from maps.images import checkpoint_dataset, chosen_images, normalised, object_masks, photographs
+from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
 from models import build_model
 from training.checkpoint import load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
 from training.flags import Parser, at_least, number
 
-SAME_EVALUATION = ("checkpoint", "model", "epoch", "data_hash", "images")  # if these agree, tables are merged
+SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
 def maps_parser(description, methods, *, default):
@@ -25,8 +26,14 @@ def maps_parser(description, methods, *, default):
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
-    add("--index", type=int, nargs="+", metavar="N", help="test images to explain (default: 0 1 2 3)")
-    add("--image", type=Path, nargs="+", metavar="FILE", help="explain photographs, of any size, instead")
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    add_one("--index", type=int, nargs="+", metavar="N", help="images to explain (default: 0 1 2 3)")
+    add_one("--class", dest="class_name", metavar="CLASS", help="explain the first images of this class instead")
+    add_one("--image", type=Path, nargs="+", metavar="FILE", help="explain photographs, of any size, instead")
+    add_one("--evaluate", action="store_true", help="measure the methods on many images instead of drawing maps")
+    add("--split", choices=("train", "val", "test"), default="test", help="where the images are from")
+    help_text = "images to evaluate (default: 1000; more give smaller standard errors), or to draw (default: 4)"
+    add("--num-images", type=at_least(1), metavar="N", help=help_text)
     add("--method", choices=(*methods, "all"), help=f"(default: {default}; all with --evaluate)")
     add("--data-dir", metavar="DIR", help="where the images are, if they have moved since training")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
@@ -40,9 +47,6 @@ def maps_parser(description, methods, *, default):
     add("--dpi", type=number(int, low=20, high=1200), default=150, help="resolution, from 20 to 1200")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate", action="store_true", help="measure the methods on test images instead of drawing maps")
-    help_text = "test images to evaluate; more give smaller standard errors"
-    add("--num-images", type=at_least(2), default=1000, metavar="N", help=help_text)
     add("--batch-size", type=at_least(1), default=100, help="images per forward pass; lower it if memory runs out")
     return parser
 
@@ -60,18 +64,27 @@ def open_for_maps(args):
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
     model = rebuild_model(checkpoint, build_model).to(device)
-    if args.image and not args.evaluate:
+    if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
     if args.evaluate:
         return checkpoint, model, None, dataset
-    return checkpoint, model, chosen_images(dataset, args.index or range(min(4, len(dataset.test.labels)))), None
+    choice = {"indices": args.index, "class_name": args.class_name, "count": args.num_images or 4}
+    return checkpoint, model, chosen_images(dataset, args.split, **choice), None
 
 
 def output_folder(args):
     """--out, or maps/ beside the checkpoint. Raises UserError if it cannot be written."""
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     return make_folder(args.out or folder / "maps")
+
+
+def weights_hash(model):
+    """SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(name.encode() + values.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def scores_text(table):
@@ -85,19 +98,22 @@ def scores_text(table):
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
-    """Evaluate explainers (see evaluate) and the baselines on --num-images images, evenly spread over the test set.
+    """Evaluate explainers (see evaluate) and the baselines on --num-images images, evenly spread over --split.
 
     Prints the table and writes evaluation.json and deletion.png to out; their paths are returned. Rows of an earlier
-    evaluation of the same checkpoint on the same images are kept.
+    evaluation of the same weights on the same images are kept.
     """
-    total = len(dataset.test.labels)
-    indices = torch.linspace(0, total - 1, min(args.num_images, total)).round().long()
-    masks, outlines = object_masks(checkpoint, dataset, indices)
+    split = find_split(dataset, args.split)
+    total, wanted = len(split.labels), args.num_images or 1000
+    if min(wanted, total) < 2:
+        raise UserError(f"--num-images {wanted}: of {total} {args.split} images; a standard error needs two")
+    indices = torch.linspace(0, total - 1, min(wanted, total)).round().long()
+    masks, outlines = object_masks(checkpoint, dataset, indices, args.split)
     device = next(model.parameters()).device
 
     def batches():
         for chunk in tqdm(indices.split(args.batch_size), "evaluating", disable=bar_disabled(), unit="batch"):
-            yield normalised(dataset.test.images[chunk], checkpoint, device)
+            yield normalised(images_at(split.images, chunk), checkpoint, device)
 
     torch.manual_seed(0)  # for methods with random numbers
     explainers = explainers | baselines(model.grid)
@@ -108,23 +124,28 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
         raise
+    file = args.checkpoint / (args.which or "last") if args.checkpoint.is_dir() else args.checkpoint
     record = {
-        "checkpoint": f"{args.checkpoint.name} {args.which or 'last'}",
+        "checkpoint": f"{file.resolve().parent.name} {file.stem}",
+        "weights_hash": weights_hash(model),
         "model": checkpoint["model"],
         "epoch": checkpoint["epoch"],
         "dataset_name": dataset.name,
         "data_hash": dataset.data_hash(),
+        "split": args.split,
         "images": len(indices),
         "patches": list(model.grid),
     }
     path = out / "evaluation.json"
     if path.exists():
         before = json.loads(path.read_text())
-        if all(before.get(key) == record[key] for key in SAME_EVALUATION):
+        if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
+            print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
+        else:
             table, curves = before["scores"] | table, before["curves"] | curves
     record |= {"scores": table, "curves": curves}
     print(scores_text(table))
     write_atomically(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
-    caption = f"{len(indices)} test images of {dataset.name}, epoch {checkpoint['epoch']}"
+    caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     return [path, out / "deletion.png"]

@@ -2,12 +2,15 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from errors import UserError
 from files import write_atomically
 from maps.evaluate import to_pixels
+from models.vit import from_patches, to_patches
 
 COLOURS = "inferno"
 
@@ -89,15 +92,41 @@ def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=1
     save_figure(figure, path, dpi)
 
 
+def cut_into_patches(model, pixels):
+    """An image (3, H, W) uint8 as the model cuts it: (its patches, with white gaps between them; put back together).
+
+    Both are (3, height, width). Raises UserError if the model cuts no patches.
+    """
+    if not hasattr(model, "patch_size"):
+        raise UserError(f"--patches: {type(model).__name__} does not cut an image into patches, as vit does")
+    p, grid = model.patch_size, model.grid
+    image = F.pad(pixels[None], getattr(model, "padding", (0, 0, 0, 0)))
+    image = F.interpolate(image, [cells * p for cells in grid], mode="bilinear")  # vit_b_16 enlarges its images
+    patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, 3 * p * p)
+    apart = F.pad(patches.unflatten(2, (3, p, p)), (0, gap, 0, gap), value=255).flatten(2)
+    return from_patches(apart, p + gap, grid)[0, :, :-gap, :-gap], from_patches(patches, p, grid)[0]
+
+
+def draw_patches(path, model, pixels, *, dpi=150):
+    """An image (3, H, W) uint8, the patches that the model cuts it into, and these put back together."""
+    apart, together = cut_into_patches(model, pixels)
+    rows, columns = model.grid
+    titles = ("the image", f"{rows} x {columns} patches of {model.patch_size} pixels", "put back together")
+    figure, (row,) = subplots(1, 3, width=9, height=3.2)
+    for axes, image, title in zip(row, (pixels, apart, together), titles, strict=True):
+        show_image(axes, image.permute(1, 2, 0).numpy(), title)
+    save_figure(figure, path, dpi)
+
+
 def draw_matrix(path, matrix, caption, *, dpi=150):
-    """A matrix (N, N) of how much each token takes from each token of the input, on a logarithmic scale."""
+    """A matrix (N, N) of how much each token (a row) takes from each token (a column), on a logarithmic scale."""
     figure, ((axes,),) = subplots(1, 1, width=6, height=5)
     smallest = max(matrix[matrix > 0].min(), matrix.max() * 1e-4)  # zero has no logarithm
     image = axes.imshow(matrix, cmap=COLOURS, norm=LogNorm(smallest, matrix.max(), clip=True), interpolation="nearest")
-    axes.set_xlabel("token of the input")
-    axes.set_ylabel("token of the last layer")
+    axes.set_xlabel("token that is looked at")
+    axes.set_ylabel("token that looks")
     axes.set_title(caption, fontsize=9)
-    figure.colorbar(image, label="share of the row (logarithmic)")
+    figure.colorbar(image, label="weight (logarithmic)")
     save_figure(figure, path, dpi)
 
 

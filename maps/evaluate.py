@@ -67,6 +67,13 @@ def against_masks(maps, masks, outlines):
     }
 
 
+def over_patches(model, maps):
+    """Maps (B, h, w) averaged over each of the model's patches: (B, rows, columns). Padding does not count."""
+    padding = getattr(model, "padding", (0, 0, 0, 0)) if maps.shape[1:] != model.grid else (0, 0, 0, 0)
+    inside = F.pad(torch.ones_like(maps), padding)
+    return F.adaptive_avg_pool2d(F.pad(maps, padding), model.grid) / F.adaptive_avg_pool2d(inside, model.grid)
+
+
 @torch.no_grad()
 def deletion_and_insertion(model, images, maps, classes):
     """Deletion and insertion curves, each (B, STEPS + 1) (Petsiuk et al. 2018).
@@ -81,12 +88,15 @@ def deletion_and_insertion(model, images, maps, classes):
         return probabilities.gather(1, classes[:, None])[:, 0]
 
     # the argsort of an argsort is each patch's rank, (B, rows * columns); 0 is the most relevant
+    height, width = images.shape[2:]
+    _, right, _, bottom = getattr(model, "padding", (0, 0, 0, 0))
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # zero is the mean colour
     deletion, insertion = [whole], [empty]
     for step in range(1, STEPS):
         chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
-        chosen = F.interpolate(chosen[:, None].float(), images.shape[2:], mode="nearest")  # (B, 1, H, W)
+        chosen = F.interpolate(chosen[:, None].float(), (height + bottom, width + right), mode="nearest")
+        chosen = chosen[..., :height, :width]  # (B, 1, H, W)
         deletion.append(probability(images * (1 - chosen)))
         insertion.append(probability(images * chosen))
     return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
@@ -128,7 +138,7 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
                 stop = start + len(images)
                 scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
             if name != "uniform":  # it does not rank the patches
-                patches = F.adaptive_avg_pool2d(maps[:, None], model.grid)[:, 0]
+                patches = over_patches(model, maps)
                 with precision.autocast():
                     deletion, insertion = deletion_and_insertion(model, images, patches, classes)
                 scores |= {"deletion": deletion, "insertion": insertion}

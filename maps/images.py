@@ -1,4 +1,4 @@
-"""The images to explain: from the checkpoint's test set, or photographs."""
+"""The images to explain: from the dataset of the checkpoint, or photographs."""
 
 from collections import Counter
 from functools import partial
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from data import dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
-from pipeline.folders import decode_image
+from pipeline.folders import decode_image, decode_images
 from pipeline.large import centre_crop
 from pipeline.shapes import make_shapes
 
@@ -30,15 +30,40 @@ def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in places.items() if path}))
 
 
-def chosen_images(dataset, indices):
-    """The Explained images of the test set at these indices. Raises UserError for an index out of range."""
-    test = dataset.test
+def find_split(dataset, name):
+    """The dataset's Split of this name. Raises UserError if there is none."""
+    if getattr(dataset, name) is None:
+        raise UserError(f"--split {name}: {dataset.name} has no validation images here")
+    return getattr(dataset, name)
+
+
+def images_at(images, indices):
+    """A split's images at these indices, (N, 3, S, S) uint8; large training images are cropped as test images are."""
+    if torch.is_tensor(images):
+        return images[indices]
+    crop = partial(centre_crop, crop_pct=images.crop_pct)
+    return torch.from_numpy(decode_images(images.files[indices, 0], images.image_size, crop))
+
+
+def chosen_images(dataset, split="test", *, indices=None, class_name=None, count=4):
+    """The Explained images of a split at these indices; without any, the first `count`, of one class if it is named.
+
+    Raises UserError for an index out of range, and for a class that is unknown or has no images.
+    """
+    images, labels, _ = find_split(dataset, split)
+    if indices is None:
+        label = None if class_name is None else find_class(class_name, dataset.classes, flag="--class")
+        fits = torch.ones_like(labels) if label is None else labels == label
+        indices = fits.nonzero()[:count, 0].tolist()
+        if not indices:
+            raise UserError(f"--class {class_name}: the {split} images have none of this class")
     for index in indices:
-        if not 0 <= index < len(test.labels):
-            raise UserError(f"--index {index}: there are {len(test.labels)} test images, 0 to {len(test.labels) - 1}")
+        if not 0 <= index < len(labels):
+            raise UserError(f"--index {index}: there are {len(labels)} {split} images, 0 to {len(labels) - 1}")
+    prefix = "" if split == "test" else f"{split}-"
     return [
-        Explained(str(index), pixels.permute(1, 2, 0).numpy(), pixels, test.labels[index].item())
-        for index, pixels in zip(indices, test.images[list(indices)], strict=True)
+        Explained(f"{prefix}{index}", pixels.permute(1, 2, 0).numpy(), pixels, labels[index].item())
+        for index, pixels in zip(indices, images_at(images, indices), strict=True)
     ]
 
 
@@ -65,11 +90,11 @@ def normalised(pixels, checkpoint, device="cpu"):
     return normalize(pixels.to(device), mean, std)
 
 
-def object_masks(checkpoint, dataset, indices):
-    """(masks, outlines), each (N, S, S) bool, of test images of `shapes`; (None, None) for other datasets."""
+def object_masks(checkpoint, dataset, indices, split="test"):
+    """(masks, outlines), each (N, S, S) bool, of a split's images of `shapes`; (None, None) for other datasets."""
     if checkpoint["args"]["dataset"] != "shapes":
         return None, None
-    shapes = make_shapes("test")
+    shapes = make_shapes(split)
     size = dataset.test.images.shape[2:]
     return tuple(
         F.interpolate(m[indices, None].float(), size, mode="nearest")[:, 0].bool()
@@ -77,13 +102,19 @@ def object_masks(checkpoint, dataset, indices):
     )
 
 
-def find_class(text, classes):
-    """The index of a class given by name or by index. Raises UserError that lists the classes."""
-    if text in classes:
-        return classes.index(text)
-    if text.isdecimal() and int(text) < len(classes):
+def find_class(text, classes, *, flag="--target"):
+    """The index of a class given by its name, by its index, or by a beginning or end that no other class has.
+
+    Raises UserError that lists the classes.
+    """
+    found = [index for index, name in enumerate(classes) if name == text]
+    if not found and text.isdecimal() and int(text) < len(classes):
         return int(text)
-    raise UserError(f"--target {text}: the classes are {', '.join(classes)}, or 0 to {len(classes) - 1}")
+    found = found or [i for i, name in enumerate(classes) if text and (name.startswith(text) or name.endswith(text))]
+    if len(found) == 1:
+        return found[0]
+    problem = f" fits {len(found)} of them" if found else ""
+    raise UserError(f"{flag} {text}{problem}: the classes are {', '.join(classes)}, or 0 to {len(classes) - 1}")
 
 
 def caption_of(explained, probabilities, classes):

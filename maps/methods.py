@@ -58,6 +58,11 @@ def report(attentions, head_fusion="mean"):
     return result
 
 
+def report_column(attentions, head_fusion="mean"):
+    """The transpose of report: its listing leaves open whether the class token's row or its column is the map."""
+    return report(attentions, head_fusion).mT
+
+
 def gradient_rollout(attentions, gradients, head_fusion="mean", discard_ratio=0.0, *, class_token=True):
     """Rollout of relu(A ⊙ ∇A), with the gradient of one class's logit: the map explains that class."""
     weighted = [(a * g).clamp(min=0) for a, g in zip(attentions, gradients, strict=True)]
@@ -81,11 +86,13 @@ WITH_GRADIENTS = ("gradient_rollout", "relevance")
 
 
 def join_layers(method, attentions, gradients, *, head_fusion="mean", discard_ratio=0.0, class_token=True):
-    """(B, N, N) by the method of this name, one of METHODS; options that it does not have are ignored."""
+    """(B, N, N) by the method of this name, of METHODS or report_column; options that it does not have are ignored."""
     if method == "raw":
         return raw(attentions, head_fusion)
     if method == "report":
         return report(attentions, head_fusion)
+    if method == "report_column":
+        return report_column(attentions, head_fusion)
     if method == "relevance":
         return relevance(attentions, gradients)
     if method == "gradient_rollout":
@@ -107,11 +114,12 @@ def tokens_to_map(matrix, grid, pooling=None):
 
 
 def model_maps(model, matrix, pooling=None):
-    """Maps (B, rows, columns) of a model's matrices (B, N, N).
+    """Maps of a model's matrices (B, N, N): (B, rows, columns), or (B, H, W) if the model pads its images."""
+    return without_padding(model, tokens_to_map(matrix, model.grid, pooling))
 
-    If the model pads its images, the maps are (B, H, W), one value per pixel, without the padding.
-    """
-    maps = tokens_to_map(matrix, model.grid, pooling)
+
+def without_padding(model, maps):
+    """Maps (B, rows, columns) as they are, or (B, H, W), one value per pixel, if the model pads its images."""
     _, right, _, bottom = getattr(model, "padding", (0, 0, 0, 0))
     if not right and not bottom:
         return maps
@@ -119,8 +127,14 @@ def model_maps(model, matrix, pooling=None):
     return pixels[:, : pixels.shape[1] - bottom, : pixels.shape[2] - right]
 
 
-def attention_maps(model, images, methods, *, targets=None, head_fusion="mean", discard_ratio=0.0):
-    """({method: maps (B, h, w)}, logits (B, classes)) of images (B, C, H, W), from one forward pass.
+def attention_maps(model, images, methods, **options):
+    """({method: maps (B, h, w)}, logits (B, classes)) of images (B, C, H, W); options as in attention_matrices."""
+    matrices, logits, recorder = attention_matrices(model, images, methods, **options)
+    return {method: model_maps(model, matrices[method], recorder.pooling) for method in methods}, logits
+
+
+def attention_matrices(model, images, methods, *, targets=None, head_fusion="mean", discard_ratio=0.0):
+    """({method: matrices (B, N, N)}, logits (B, classes), the recorder) of images (B, C, H, W), by one forward pass.
 
     The model stays in its mode. targets (B,) are the classes that methods with gradients explain (default: the
     predicted ones). Raises UserError if the model has no attention or its layers differ in the number of tokens.
@@ -138,15 +152,13 @@ def attention_maps(model, images, methods, *, targets=None, head_fusion="mean", 
         # the logits of different images do not interact, so the gradient of their sum is that of each
         gradients = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), recorder.weights)
     options = {"head_fusion": head_fusion, "discard_ratio": discard_ratio, "class_token": recorder.pooling is None}
-    attentions, maps = recorder.attentions, {}
-    for method in methods:
-        matrix = join_layers(method, attentions, gradients, **options)  # (B, N, N)
-        maps[method] = model_maps(model, matrix, recorder.pooling)
-    return maps, logits.detach()
+    attentions = recorder.attentions
+    matrices = {method: join_layers(method, attentions, gradients, **options) for method in methods}
+    return matrices, logits.detach(), recorder
 
 
-def maps_as_reported(model, images, *, join=report):
-    """Maps (B, h, w) computed as the report did: in training mode, with one forward pass per layer.
+def maps_in_training_mode(model, images, *, join=report):
+    """Maps (B, h, w) computed in training mode, with one forward pass per layer, as the report's listing makes them.
 
     So no two layers see the same dropout masks. join makes one matrix of the layers. The model is left unchanged.
     """

@@ -13,6 +13,7 @@ import attribute
 from errors import UserError
 from maps.attributions import ATTRIBUTIONS, grad_cam, integrated_gradients, token_grad_cam
 from models import build_model
+from training.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -96,7 +97,9 @@ def test_grad_cam_of_tokens_by_its_definition():
     y = y + block.mlp(block.norm2(y))
     model.head(model.norm(y[:, 0]))[:, 5].sum().backward()
     expected = torch.relu((features * features.grad.mean(1, keepdim=True)).sum(2))[:, 1:].reshape(2, 8, 8)
-    torch.testing.assert_close(token_grad_cam(model, images, torch.tensor([5, 5])), expected.detach())
+    torch.testing.assert_close(
+        token_grad_cam(model, model.blocks[-1].attn, images, torch.tensor([5, 5])), expected.detach()
+    )
 
 
 def test_grad_cam_of_tokens_where_blocks_are_used_twice():
@@ -131,16 +134,41 @@ def test_grad_cam_of_a_resnet():
 
 def test_images_are_written_for_every_class_that_is_named(run, tmp_path):
     written = attribute.main([str(run), "--index", "2", "--method", "saliency", "--target", "ant", "cat"])
-    assert [path.name for path in written] == ["2-saliency-ant.npy", "2-saliency-cat.npy", "2-saliency.png"]
+    assert [path.name for path in written] == ["2-saliency-0-ant.npy", "2-saliency-2-cat.npy", "2-saliency.png"]
     assert not np.array_equal(np.load(written[0]), np.load(written[1])) and Image.open(written[2]).size[0] > 800
     Image.effect_noise((90, 50), 80).save(tmp_path / "photo.png")
     written = attribute.main([str(run), "--image", str(tmp_path / "photo.png"), "--method", "all"])
-    assert len(written) == len(ATTRIBUTIONS) + 1
+    assert len(written) == len(ATTRIBUTIONS) + 1 and written[-1].name == "photo-attribution-all.png"
     before = [np.load(path) for path in written[:-1]]
     again = attribute.main([str(run), "--image", str(tmp_path / "photo.png"), "--method", "all"])
     assert all(np.array_equal(one, np.load(path)) for one, path in zip(before, again[:-1], strict=True))
     with pytest.raises(UserError, match="--target dodo: the classes are ant, bee, cat"):
         attribute.main([str(run), "--index", "0", "--target", "dodo"])
+
+
+def test_classes_whose_names_are_alike_or_no_file_names(run, monkeypatch):
+    checkpoint = load_checkpoint(run) | {"classes": ["a/b", "a b", "a/b"]}
+    monkeypatch.setattr("maps.commands.load_checkpoint", lambda *args, **options: checkpoint)
+    written = attribute.main([str(run), "--index", "2", "--method", "saliency", "--target", "0", "1", "2"])
+    assert [path.name for path in written[:3]] == [f"2-saliency-{i}-a_b.npy" for i in range(3)]
+    assert all(path.exists() for path in written)
+
+
+def test_grad_cam_of_torchvisions_vit():
+    """vit_b_16 has no `blocks`; its last nn.MultiheadAttention is taken."""
+    torch.manual_seed(0)
+    model = build_model("vit_b_16").eval()
+    model.vit.encoder.layers = model.vit.encoder.layers[-2:]  # faster
+    torch.nn.init.normal_(model.vit.heads.head.weight)  # zero at the start
+    maps, _ = grad_cam(model, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert maps.shape == (2, 14, 14) and (maps > 0).any(2).any(1).all()
+
+
+def test_grad_cam_of_padded_images_is_without_the_padding():
+    torch.manual_seed(0)
+    model = build_model("vit", patch_size=6, pad=True, embed_dim=16, depth=2, num_heads=2).eval()
+    maps, _ = grad_cam(model, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert maps.shape == (2, 32, 32) and torch.equal(maps[:, 6:12, 30:], maps[:, 6:7, 30:31].expand(-1, 6, 2))
 
 
 def test_evaluation_stands_in_one_table_with_the_attention_maps(run):

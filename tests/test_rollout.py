@@ -1,6 +1,7 @@
 """rollout.py from end to end, on a run that takes a second."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ def names(paths):
 
 def test_images_maps_and_a_panel_are_written(run, capsys):
     written = script.main([str(run), "--index", "0", "3", "--method", "all"])
-    expected = [f"{i}-{what}" for i in (0, 3) for what in ("all.png", *(f"{method}.npy" for method in METHODS))]
-    assert names(written) == [*expected, "panel-all.png"] and written[0].parent == run / "maps"
+    expected = [f"{i}-{what}" for i in (0, 3) for what in ("rollout-all.png", *(f"{method}.npy" for method in METHODS))]
+    assert names(written) == [*expected, "panel-rollout-all.png"] and written[0].parent == run / "maps"
     assert Image.open(written[0]).size[0] > 800 and Image.open(written[-1]).size[1] > 600
     assert str(written[0]) in capsys.readouterr().out
 
@@ -69,24 +70,47 @@ def test_photographs_of_any_size(run, tmp_path, size):
     assert written[0].read_bytes().startswith(b"%PDF") and np.load(written[1]).shape == (8, 8)
 
 
-def test_layers_and_matrix(run, monkeypatch):
+def test_layers_and_matrices(run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(script, "draw_layers", lambda path, image, caption, maps, **look: drawn.update(layers=maps))
-    monkeypatch.setattr(script, "draw_matrix", lambda path, matrix, caption, **look: drawn.update(matrix=matrix))
-    written = script.main([str(run), "--index", "1", "--layers", "--matrix"])
-    assert names(written)[2:] == ["1-layers.png", "1-matrix.png"]
-    assert drawn["layers"].shape == (2, 2, 8, 8) and drawn["matrix"].shape == (
-        65,
-        65,
-    )  # layer, head; 64 patches and one
-    np.testing.assert_allclose(drawn["matrix"].sum(1), 1, atol=1e-5)
-    rolled = tokens_to_map(torch.from_numpy(drawn["matrix"])[None], (8, 8))[0]
-    np.testing.assert_allclose(rolled, np.load(written[1]), atol=1e-6)
+    monkeypatch.setattr(script, "draw_matrix", lambda path, matrix, caption, **look: drawn.update({path.stem: matrix}))
+    written = script.main([str(run), "--index", "1", "--method", "all", "--layers", "--matrix", "--layer", "2", "1"])
+    matrices = [f"1-{method}-matrix" for method in METHODS] + ["1-layer-2-matrix", "1-layer-1-matrix"]
+    assert names(written)[6:] == ["1-layers.png", *(f"{name}.png" for name in matrices)]
+    assert drawn["layers"].shape == (2, 2, 8, 8)  # layer, head
+    for name in matrices:
+        assert drawn[name].shape == (65, 65)  # 64 patches and the class token
+    for method in METHODS:
+        drawn_map = tokens_to_map(torch.from_numpy(drawn[f"1-{method}-matrix"])[None], (8, 8))[0]
+        np.testing.assert_allclose(drawn_map, np.load(run / "maps" / f"1-{method}.npy"), atol=1e-6)
+    first, last = (drawn[f"1-layer-{layer}-matrix"] for layer in (1, 2))
+    np.testing.assert_array_equal(last, drawn["1-raw-matrix"])
+    np.testing.assert_allclose(first.T @ last, drawn["1-report-matrix"], atol=1e-6)
+    with pytest.raises(UserError, match="--layer 3: the model has 2 layers"):
+        script.main([str(run), "--index", "1", "--layer", "3"])
 
 
-def test_layers_and_matrix_are_drawn(run):
-    for path in script.main([str(run), "--index", "1", "--layers", "--matrix"])[2:]:
+def test_layers_matrices_and_patches_are_drawn(run):
+    written = script.main([str(run), "--index", "1", "--layers", "--matrix", "--layer", "1", "--patches"])
+    assert len(written) == 6
+    for path in written[2:]:
         assert np.asarray(Image.open(path).convert("L")).std() > 20
+
+
+def test_images_are_chosen_by_class_and_split(run, monkeypatch):
+    dataset = checkpoint_dataset(load_checkpoint(run))
+    for split, prefix in (("test", ""), ("train", "train-")):
+        images, labels, _ = getattr(dataset, split)
+        first = (labels == 1).nonzero()[:3, 0].tolist()
+        flags = ["--class", "be", "--num-images", "3", "--split", split]
+        shown = []
+        monkeypatch.setattr(script, "draw_panel", lambda path, shows, *rest, found=shown, **look: found.extend(shows))
+        written = script.main([str(run), *flags])
+        assert [path.stem for path in written if path.suffix == ".npy"] == [f"{prefix}{i}-rollout" for i in first]
+        for index, image in zip(first, shown, strict=False):
+            assert np.array_equal(image, images[index].permute(1, 2, 0).numpy())
+    with pytest.raises(UserError, match="--split val: .* has no validation images"):
+        script.main([str(run), "--split", "val"])
 
 
 def test_head_fusion_discard_ratio_and_target_arrive(run):
@@ -105,7 +129,11 @@ def test_evaluation_of_shapes(shapes_run, capsys):
     record = json.loads(written[0].read_text())
     scores = record["scores"]
     assert record["images"] == 40 and record["patches"] == [8, 8] and record["epoch"] == 1
-    assert set(scores) >= {*METHODS, "report, as it was run", "uniform", "centred gaussian", "random"}
+    assert set(scores) >= {*METHODS, "rollout, training mode", "uniform", "centred gaussian", "random"}
+    readings = [
+        scores[f"report{reading}"] for reading in ("", ", column", ", training mode", ", column, training mode")
+    ]
+    assert readings[0] == readings[2] and readings[1] == readings[3] != readings[0]  # the model has no dropout
     mean, error = scores["uniform"]["pointing"]
     assert 0.13 < mean < 0.17 and 0 < error < 0.02 and scores["uniform"]["mass_ratio"][0] == pytest.approx(1)
     assert set(scores["rollout"]) == {
@@ -114,7 +142,7 @@ def test_evaluation_of_shapes(shapes_run, capsys):
     }
     assert len(record["curves"]["rollout"]["deletion"]) == 11
     out = capsys.readouterr().out
-    assert "rollout, run that way" in out and f"{mean:.3f} ± {error:.3f}" in out
+    assert "rollout, training mode" in out and f"{mean:.3f} ± {error:.3f}" in out
     assert np.asarray(Image.open(written[1]).convert("L")).std() > 10
 
 
@@ -123,7 +151,29 @@ def test_evaluation_where_the_object_is_not_known(run):
         script.main([str(run), "--evaluate", "--num-images", "6", "--method", "rollout"])[0].read_text()
     )
     assert set(record["scores"]["rollout"]) == {"deletion", "insertion"}
-    assert set(record["scores"]) == {"rollout", "rollout, run that way", "uniform", "centred gaussian", "random"}
+    assert set(record["scores"]) == {"rollout", "rollout, training mode", "uniform", "centred gaussian", "random"}
+
+
+def test_a_table_holds_rows_of_the_same_weights_and_images_alone(run, folder_flags, capsys):
+    def table(checkpoint, method, *flags):
+        path = script.main([str(checkpoint), "--evaluate", "--method", method, *flags])[0]
+        record = json.loads(path.read_text())
+        return set(record["scores"]) & set(METHODS), record
+
+    table(run, "raw")
+    found, record = table(run / "last.pt", "relevance")
+    assert found == {"raw", "relevance"} and record["checkpoint"] == "vit last" and record["split"] == "test"
+    shutil.copytree(run / "maps", run.parent / "kept")
+    (run / "maps" / "notes.txt").write_text("a user's own")
+
+    train_vit.main([*folder_flags, "--epochs", "1", "--seed", "1", "--run-name", "vit", "--overwrite"])
+    assert names((run / "maps").iterdir()) == ["notes.txt"]
+    capsys.readouterr()
+    found, now = table(run, "rollout", "--out", str(run.parent / "kept"))
+    assert found == {"rollout"} and now["weights_hash"] != record["weights_hash"]
+    assert "evaluation.json: its rows have another weights hash and are dropped" in capsys.readouterr().out
+    found, now = table(run / "best_on_test.pt", "raw", "--split", "train")
+    assert found == {"raw"} and (now["checkpoint"], now["split"], now["images"]) == ("vit best_on_test", "train", 48)
 
 
 def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(run, monkeypatch):
@@ -153,6 +203,10 @@ def test_mistakes_are_named(run, tmp_path):
         ("--method", "guess"): "invalid choice: 'guess'",
         ("--image", str(tmp_path / "a" / "1.png"), str(tmp_path / "b" / "1.png")): "several files are named 1",
         ("--dpi", "1"): "must be at least 20 and at most 1200, not 1",
+        ("--evaluate", "--index", "1"): "argument --index: not allowed with argument --evaluate",
+        ("--image", "photo.jpg", "--evaluate"): "argument --evaluate: not allowed with argument --image",
+        ("--evaluate", "--num-images", "1"): "a standard error needs two",
+        ("--class", "dodo"): "--class dodo: the classes are ant, bee, cat",
         ("--discard-ratio", "1"): "must be at least 0 and below 1",
         ("--device", "abacus"): "--device abacus",
     }.items():

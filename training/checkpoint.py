@@ -126,8 +126,15 @@ def evaluated_weights(checkpoint):
 
 
 def rebuild_model(checkpoint, build_model):
-    """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it."""
-    model = build_model(checkpoint["model"], **checkpoint["model_args"])
+    """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
+
+    Raises UserError if the model or a part of it is not known here.
+    """
+    try:
+        model = build_model(checkpoint["model"], **checkpoint["model_args"])
+    except UserError as error:
+        advice = "a class of your own must be in its table first, see docs/extending.md"
+        raise UserError(f"the checkpoint's model cannot be built here ({error}): {advice}") from error
     model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 

@@ -32,7 +32,9 @@ from training.outputs import (
 
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
-WRITTEN = (*CHECKPOINTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
+WRITTEN = (*CHECKPOINTS, *MAPS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+WITHOUT_WEIGHTS = ("none", "identity", "depthwise")  # --attention that rollout.py cannot draw
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -81,6 +83,8 @@ def prepare_folder(folder, *, resuming):
     for pattern in WRITTEN if not resuming else ():
         for path in folder.glob(pattern):
             path.unlink()
+    if not resuming and (folder / "maps").is_dir() and not any((folder / "maps").iterdir()):
+        (folder / "maps").rmdir()
 
 
 def finished_result(folder):
@@ -230,7 +234,11 @@ class Run:
             print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
-        print(f"draw its attention maps: python rollout.py {folder}")
+        refused = any(getattr(module, "sums_to_one", True) is False for module in model.modules())
+        if refused or self.args.attention in WITHOUT_WEIGHTS:
+            print(f"draw which pixels it looks at: python attribute.py {folder}")
+        else:
+            print(f"draw its attention maps: python rollout.py {folder}")
         return result
 
 

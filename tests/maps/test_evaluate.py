@@ -11,6 +11,7 @@ from maps.evaluate import (
     deletion_and_insertion,
     mass_ratio,
     mean_and_error,
+    over_patches,
     pointing_game,
     segmentation,
 )
@@ -99,6 +100,24 @@ def test_deletion_and_insertion_by_a_model_that_can_be_computed():
     assert area_under(deletion).item() == pytest.approx(0.1 * (0.25 + 0.4 + 0.3 + 0.2 + 0.1), abs=1e-6)
     worst, _ = deletion_and_insertion(Brightness(), images, -relevance, classes)
     assert area_under(worst) > area_under(deletion)
+
+
+class Padded(Brightness):
+    """Its patches have 6 pixels, the last ones 2 pixels and padding."""
+
+    grid, patch_size, padding = (6, 6), 6, (0, 4, 0, 4)
+
+
+def test_the_cells_of_a_padded_model_are_its_patches():
+    pixels = torch.arange(32.0).expand(1, 32, 32)  # each column's number
+    patches = over_patches(Padded(), pixels)
+    assert patches[0, 0].tolist() == pytest.approx([2.5, 8.5, 14.5, 20.5, 26.5, 30.5])
+    assert torch.equal(over_patches(Padded(), patches), patches)  # one value per patch already
+    images = torch.ones(1, 1, 32, 32)
+    relevance = torch.zeros(1, 6, 6)
+    relevance[0, :4, 0] = torch.tensor([4.0, 3, 2, 1])  # a tenth of 36 patches: four of 6 x 6 pixels
+    deletion, _ = deletion_and_insertion(Padded(), images, relevance, torch.zeros(1, dtype=torch.int64))
+    assert deletion[0, 1].item() == pytest.approx(1 - 4 * 36 / 32**2)
 
 
 def test_a_centred_gaussian_points_at_the_centre_of_any_grid():

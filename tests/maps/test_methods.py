@@ -81,6 +81,7 @@ def test_the_reports_formula():
         first, second, third = (a[item].mean(0) for a in attentions)
         expected = by_hand([third, by_hand([second, first.T]).T])  # ((A₁ᵀ A₂)ᵀ A₃), as products of rows
         torch.testing.assert_close(result[item], expected, **EXACT)
+    assert torch.equal(methods.report_column(attentions), result.mT)
 
 
 def test_gradient_rollout_with_layers_that_are_unlike_each_other():
@@ -185,14 +186,14 @@ def test_a_target_class_changes_what_methods_with_gradients_say():
 def test_the_reports_way_takes_layers_of_different_dropout_masks():
     model, images = wide_vit()
     torch.manual_seed(0)
-    way = methods.maps_as_reported(model, images)
+    way = methods.maps_in_training_mode(model, images)
     assert way.shape == (4, 4, 6) and not model.training
     clean = methods.attention_maps(model, images, ["report"])[0]["report"]
     assert not torch.allclose(way, clean)
     with pytest.raises(RuntimeError):
-        methods.maps_as_reported(model, images[:, :1])
+        methods.maps_in_training_mode(model, images[:, :1])
     assert not model.training
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    torch.testing.assert_close(methods.maps_as_reported(model, images), clean, **EXACT)
+    torch.testing.assert_close(methods.maps_in_training_mode(model, images), clean, **EXACT)

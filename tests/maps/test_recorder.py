@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from errors import UserError
-from maps.methods import attention_maps, maps_as_reported
+from maps.methods import attention_maps, maps_in_training_mode
 from maps.recorder import AttentionRecorder
 from models import build_model
 
@@ -314,7 +314,7 @@ def test_a_resnets_map_is_the_mean_over_those_who_ask(attention):
 def test_maps_in_training_mode_leave_the_statistics_of_a_resnet_as_they_were():
     model = build_model("resnet18", width=8, attention="sagan").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    maps_as_reported(model, PICTURES)
+    maps_in_training_mode(model, PICTURES)
     assert not model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
