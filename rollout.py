@@ -96,7 +96,9 @@ def draw_maps(args, model, checkpoint, chosen, out):
             draw_layers(new_path(f"{explained.name}-layers.{args.format}"), explained.shown, caption, layers, **look)
         for title, matrix in drawn.items():
             path = new_path(f"{explained.name}-{title}-matrix.{args.format}")
-            draw_matrix(path, matrix[i].cpu().numpy(), f"{title.replace('_', ' ')}\n{caption}", dpi=args.dpi)
+            draw_matrix(
+                path, matrix[i].cpu().numpy(), f"{title.replace('_', ' ').replace('-', ' ')}\n{caption}", dpi=args.dpi
+            )
         if args.patches:
             draw_patches(new_path(f"{explained.name}-patches.{args.format}"), model, explained.pixels, dpi=args.dpi)
     return written

@@ -10,11 +10,13 @@ from conftest import TINY
 from PIL import Image
 
 import rollout as script
+import train_resnet_attn
 import train_vit
 from errors import UserError
 from maps.images import checkpoint_dataset, normalised
 from maps.methods import METHODS, attention_maps, tokens_to_map
 from models import build_model
+from models.attention import ATTENTIONS
 from training.checkpoint import load_checkpoint, rebuild_model
 
 
@@ -180,6 +182,32 @@ def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(run, monkeypatc
     monkeypatch.setattr("maps.commands.evaluate", lambda *args, **options: torch.empty(2**60))
     with pytest.raises(UserError, match="--batch-size 4 does not fit into memory; try a smaller one"):
         script.main([str(run), "--evaluate", "--batch-size", "4"])
+
+
+def test_a_checkpoint_of_an_attention_that_is_not_known_here(folder_flags, tmp_path, monkeypatch):
+    class Own(ATTENTIONS["softmax"]):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ATTENTIONS, "own", Own)
+        train_vit.main([*folder_flags, "--epochs", "1", "--attention", "own"])
+        assert len(script.main([str(tmp_path / "runs" / "vit"), "--index", "0"])) == 2
+    with pytest.raises(UserError, match="cannot be built here .--attention own: .* must be in its table first"):
+        script.main([str(tmp_path / "runs" / "vit"), "--index", "0"])
+
+
+def test_a_run_ends_with_a_command_that_can_draw_it(folder_flags, tmp_path, capsys):
+    flags = [*folder_flags[: -len(TINY)], "--epochs", "1", "--device", "cpu"]
+    vit, resnet = [*flags, "--embed-dim", "16", "--depth", "1"], [*flags, "--width", "4", "--lr", "0.01"]
+    for train, argv, name in (
+        (train_vit, [*vit, "--num-heads", "2"], "rollout.py"),
+        (train_vit, [*vit, "--attention", "identity"], "attribute.py"),
+        (train_resnet_attn, resnet, "attribute.py"),
+        (train_resnet_attn, [*resnet, "--attention", "simple"], "attribute.py"),
+        (train_resnet_attn, [*resnet, "--attention", "sagan"], "rollout.py"),
+    ):
+        train.main(argv)
+        assert f"python {name} {tmp_path / 'runs'}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_which_checkpoint(run, capsys):

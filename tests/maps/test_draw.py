@@ -1,9 +1,11 @@
 import pytest
 import torch
+from conftest import write_images
 
+from data import load_dataset
 from errors import UserError
 from maps.draw import cut_into_patches
-from maps.images import find_class
+from maps.images import chosen_images, find_class
 from models import build_model
 
 
@@ -32,3 +34,16 @@ def test_classes_are_found_by_name_index_beginning_and_end():
     }.items():
         with pytest.raises(UserError, match=f"{problem}.* classes are airplane, automobile, .* or 0 to 7"):
             find_class(text, classes, flag="--class")
+
+
+def test_large_training_images_are_cropped_as_test_images_are(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path / split, classes=("bee", "cat"), count=3, size=(150, 100))  # the same in both
+    dataset = load_dataset("folder", data_dir=tmp_path, image_size=72, cache_dir=tmp_path / "cache")
+    train, test = (chosen_images(dataset, split, class_name="cat", count=2) for split in ("train", "test"))
+    assert [image.name for image in train] == ["train-3", "train-4"] and [image.name for image in test] == ["3", "4"]
+    for one, other in zip(train, test, strict=True):
+        assert torch.equal(one.pixels, other.pixels) and one.label == 1
+    dataset.test.labels.zero_()
+    with pytest.raises(UserError, match="--class cat: the test images have none of this class"):
+        chosen_images(dataset, class_name="cat")
