@@ -100,7 +100,7 @@ def cut_into_patches(model, pixels):
     if not hasattr(model, "patch_size"):
         raise UserError(f"--patches: {type(model).__name__} does not cut an image into patches, as vit does")
     p, grid = model.patch_size, model.grid
-    image = F.pad(pixels[None], getattr(model, "padding", (0, 0, 0, 0)))
+    image = F.pad(pixels[None], getattr(model, "padding", (0, 0, 0, 0)), value=128)  # grey for the mean colour
     image = F.interpolate(image, [cells * p for cells in grid], mode="bilinear")  # vit_b_16 enlarges its images
     patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, 3 * p * p)
     apart = F.pad(patches.unflatten(2, (3, p, p)), (0, gap, 0, gap), value=255).flatten(2)
