@@ -14,7 +14,7 @@ from pipeline.augment import (
     random_resized_crop,
     random_rotation,
 )
-from pipeline.crops import crop_batches
+from pipeline.crops import crop_batches, images_in_memory, place_images
 from pipeline.large import LargeImages
 from pipeline.policies import POLICIES
 from seeding import seed_for
@@ -25,12 +25,12 @@ RATIO = (3 / 4, 4 / 3)  # of a random resized crop without --ratio: as in torchv
 class Batches:
     """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (images, labels).
 
-    Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float after mix. The images
-    of the Split lie on the device as uint8; LargeImages come through `crops`, from crop_batches. With a seed, the
-    order follows from (seed, epoch) and everything else from (seed, epoch, step): transform(images, generator) of
-    uint8 images for each of transforms, the same of normalised images for float_transforms, then mix(images, labels),
-    which draws from torch's global generator. Without a seed, images come in order and unchanged. With drop_last, an
-    incomplete last batch is left out, unless it is the only one.
+    Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float after mix. The uint8
+    images of the Split lie where place_images puts them; LargeImages come through `crops`, from crop_batches. With a
+    seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step): transform(images,
+    generator) of uint8 images for each of transforms, the same of normalised images for float_transforms, then
+    mix(images, labels), which draws from torch's global generator. Without a seed, images come in order and unchanged.
+    With drop_last, an incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Batches:
         float_transforms=(),
         mix=None,
     ):
-        self.crops, self.images = crops, None if crops else split.images.to(device)
+        self.crops, self.images = crops, None if crops else place_images(split.images, torch.device(device))
         self.labels = split.labels.to(device)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
@@ -62,12 +62,14 @@ class Batches:
         if self.seed is not None:
             order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
         indices = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
+        on_host = order.split(self.batch_size)[: self.steps_per_epoch]
         if self.crops:
-            on_host = order.split(self.batch_size)[: self.steps_per_epoch]
             keys = [(part.numpy(), epoch, step) for step, part in enumerate(on_host)]
             uint8_batches = self.crops(keys[start_step:])
-        else:
+        elif self.images.device == self.labels.device:
             uint8_batches = (self.images[part] for part in indices[start_step:])
+        else:
+            uint8_batches = (self.images[part].pin_memory() for part in on_host[start_step:])
         for step, images in enumerate(uint8_batches, start_step):
             images, labels = images.to(self.device, non_blocking=True), self.labels[indices[step]]
             if self.seed is not None:
@@ -116,6 +118,7 @@ def mix_transform(args, num_classes):
     return v2.RandomChoice(mixes) if mixes else None
 
 
+@images_in_memory()
 def training_batches(dataset, args, device):
     """Batches of the training images, shuffled, and augmented as the flags say."""
     crops = None
@@ -144,6 +147,7 @@ def training_batches(dataset, args, device):
     )
 
 
+@images_in_memory()
 def evaluation_batches(dataset, split, args, device):
     """Batches of a Split in order and unchanged, up to four times as large as in training: no gradient is stored."""
     size = min(256, 4 * args.batch_size)

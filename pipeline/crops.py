@@ -2,7 +2,7 @@
 
 import os
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -124,6 +124,25 @@ def free_memory(device):
     return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 
+def place_images(images, device):
+    """A tensor of images on the device, or as it is, on the host, if a GPU has not a third more memory free."""
+    if device.type == "cuda" and images.nbytes > 3 / 4 * torch.cuda.mem_get_info(device)[0]:
+        print(f"images of {images.nbytes / 2**30:.2f} GiB stay on the host: {device} has no room for them")
+        return images
+    return images.to(device)
+
+
+@contextmanager
+def images_in_memory():
+    """A context, or a function's decorator, in which running out of memory is a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError("the images do not fit into memory: use a smaller --image-size, or fewer images") from error
+
+
 def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=None):
     """A function from keys [(indices, epoch, step), ...] to an iterator over batches, each as from Crops.cut.
 
@@ -135,7 +154,7 @@ def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=
     buffer = None
     if images.num_bytes <= budget:
         workers, buffer = 0, images.decode_all()
-        buffer = buffer.to(device) if device.type == "cuda" else buffer
+        buffer = place_images(buffer, device) if device.type == "cuda" else buffer
     else:
         workers = min(os.cpu_count(), 16) if workers is None else workers
         needed, limit = images.num_bytes / 2**30, budget / 2**30

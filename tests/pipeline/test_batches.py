@@ -9,6 +9,7 @@ from test_data import indices_of, numbered_split
 
 from data import Split
 from pipeline.batches import Batches, image_transforms, mix_transform, normalised_transforms
+from pipeline.crops import place_images
 
 
 def plain_batches(split, **options):
@@ -87,3 +88,34 @@ def test_mixed_labels_are_the_shares_of_the_images(mixes):
     assert len({tuple(y.amax(1).tolist()) for _, y in mixed}) > 5  # another draw for every batch
     for (x, y), (same_x, same_y) in zip(mixed[4:], batches.batches(0, start_step=4), strict=True):
         assert torch.equal(x, same_x) and torch.equal(y, same_y)
+
+
+def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(monkeypatch, capsys):
+    images = numbered_split().images
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes + 100, 10**9))
+    assert place_images(images, torch.device("cuda")) is images
+    assert "stay on the host" in capsys.readouterr().out
+
+
+def test_batches_from_the_host_are_those_from_the_device(monkeypatch):
+    expected = list(plain_batches(numbered_split(), batch_size=8, seed=3).batches(1, start_step=2))
+    batches = plain_batches(numbered_split(), batch_size=8, seed=3)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda images: pinned.append(len(images)) or images)
+    batches.images = OnHost(batches.images)
+    found = list(batches.batches(1, start_step=2))
+    assert pinned == [8, 8, 8, 8, 2]
+    for (images, labels), (same, same_labels) in zip(expected, found, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, same_labels)
+
+
+class OnHost:
+    """Images on another device than the labels."""
+
+    device = torch.device("meta")
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, indices):
+        return self.images[indices]
