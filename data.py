@@ -1,6 +1,7 @@
 """From a dataset's name to its images, classes and splits."""
 
 import hashlib
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,15 @@ import torchvision
 from torchvision.transforms.functional import resize
 
 from errors import UserError
-from pipeline.folders import by_all_cores, find_splits, read_folder
+from pipeline.crops import images_in_memory
+from pipeline.decoding import by_all_cores
+from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
+TEST_FRACTION = 0.2  # what --test-fraction is by default
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
@@ -27,6 +31,20 @@ class Split(NamedTuple):
 
     def pick(self, indices):
         return Split(self.images[indices], self.labels[indices], self.names[indices])
+
+    def hash(self):
+        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache, of labels and files."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        if not isinstance(self.images, LargeImages):
+            digest.update(self.images.numpy())
+            return digest.hexdigest()
+
+        def hash_files():
+            for path in self.images.files[:, 0]:
+                digest.update(Path(path).read_bytes())
+            return np.frombuffer(digest.digest(), np.uint8)
+
+        return self.images.cached("sha256", hash_files).tobytes().hex()
 
 
 class Dataset(NamedTuple):
@@ -44,15 +62,13 @@ class Dataset(NamedTuple):
         """The same, to be normalised by another mean and std: those that its weights were trained with."""
         return self._replace(mean=mean, std=std)
 
+    def splits(self):
+        """{"train", "val" if there is one, "test": Split}."""
+        return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
+
     def data_hash(self):
-        """SHA-256 of the training labels and pixels; for LargeImages, of labels and files."""
-        digest = hashlib.sha256(self.train.labels.numpy().tobytes())
-        if isinstance(self.train.images, LargeImages):
-            for path in self.train.images.files[:, 0]:
-                digest.update(Path(path).read_bytes())
-        else:
-            digest.update(self.train.images.numpy())
-        return digest.hexdigest()
+        """The hash of the training images alone, by which results name their data."""
+        return self.train.hash()
 
 
 def count_classes(name, data_dir):
@@ -67,6 +83,7 @@ def is_large(name, image_size):
     return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
 
 
+@images_in_memory()
 def load_dataset(
     name,
     *,
@@ -74,7 +91,7 @@ def load_dataset(
     image_size,
     crop_pct=CROP_PCT,
     val_fraction=0.0,
-    test_fraction=0.2,
+    test_fraction=TEST_FRACTION,
     split_seed=0,
     cache_dir=None,
     dataset_name=None,
@@ -98,9 +115,11 @@ def load_dataset(
         classes, splits = read(folder, image_size, cache_dir)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
+    if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
+        raise UserError(f"{folder} has {len(classes)} class folders, but {name} has {most}: use --dataset folder")
     if name in IMAGENETTES:
         classes = [READABLE.get(label, label) for label in classes]
-    name = dataset_name or (folder.name if folder else name)
+    name = dataset_name or (printable(folder.name) if folder else name)
     splits = {
         key: Split(p if large else resized(p, image_size), torch.as_tensor(y), np.asarray(n))
         for key, (p, y, n) in splits.items()
@@ -110,6 +129,8 @@ def load_dataset(
             splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
         )
         splits = {"train": train, "test": test}
+    elif folder and test_fraction != TEST_FRACTION:
+        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
     if val_fraction:
         if "val" in splits:
             raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
@@ -212,12 +233,11 @@ def statistics_of_chunks(chunks):
 def describe(dataset):
     """One line per split: how many images it has, and how many of each class."""
     lines = []
-    for key in ("train", "val", "test"):
-        if split := getattr(dataset, key):
-            counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
-            if len(set(counts)) == 1:
-                each = f"{counts[0]:,} of each of {len(counts)} classes"
-            else:
-                each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts))
-            lines.append(f"{key:6}{len(split.labels):7,} images: {each}")
+    for key, split in dataset.splits().items():
+        counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
+        if len(set(counts)) == 1:
+            each = f"{counts[0]:,} of each of {len(counts)} classes"
+        else:
+            each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts))
+        lines.append(f"{key:6}{len(split.labels):7,} images: {each}")
     return "\n".join(lines)

@@ -3,48 +3,58 @@
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
-from errors import UserError, bar_disabled
+from errors import UserError
 from files import write_atomically
+from pipeline.decoding import decode_images
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+# what their folders may be called, in any case
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+RUN_FILES = ("last.pt", "last.prev.pt", "split.csv")  # what training leaves in the folder of a run
+DECODING = 2  # part of a cache's key: raise it when a file gives other pixels than before
 
 
 def find_splits(root):
     """(names of the class folders, {split: folder}) of a folder that holds class folders, or train/ and other splits.
 
-    The splits are train/, val/ and test/ if root has train/, else a single one, "all". If there is val/ but no test/,
-    val/ is the test set, as with ImageNet. Raises UserError if the folder cannot be used.
+    The splits are train, val and test if root has folders named so (see SPLITS), else a single one, "all". If there is
+    val/ but no test/, val/ is the test set, as with ImageNet. Raises UserError if the folder cannot be used.
     """
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
-    folders = {"all": root}
-    if (root / "train").is_dir() and subfolders(root / "train"):
-        folders = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()}
-        if "test" not in folders:
-            if "val" not in folders:
-                raise UserError(f"--data-dir {root}: it has train/, but no test/ or val/ beside it")
-            folders["test"] = folders.pop("val")
-    names = subfolders(next(iter(folders.values())))
-    for folder in folders.values():
-        if odd := sorted(set(names) ^ set(subfolders(folder))):
-            raise UserError(
-                f"--data-dir {root}: only one of train/ and {folder.name}/ has the classes {', '.join(odd)}"
-            )
+    found = [(split, name) for name in subfolders(root) for split in SPLITS if name.lower() in SPLITS[split]]
+    named = " and ".join(f"{name}/" for _, name in found)
+    folders = {split: root / name for split, name in found}
+    folders = {split: folders[split] for split in SPLITS if split in folders} or {"all": root}
+    classes = {split: subfolders(folder) for split, folder in folders.items()}
+    first, names = next(iter(classes.items()))
+    if len(folders) < len(found):
+        raise UserError(f"--data-dir {root}: {named}: two of them are the same split; join them")
+    if first in ("val", "test"):
+        raise UserError(f"--data-dir {root}: it has {named}, but no train/ (if that is a class, rename it)")
+    if first == "train" and not names:
+        raise UserError(f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg")
+    if first == "train" and len(folders) == 1:
+        raise UserError(f"--data-dir {root}: it has {named}, but no test/ or val/ beside it")
+    for split, others in classes.items():
+        if odd := sorted(set(names) ^ set(others)):
+            pair = f"{folders[first].name}/ and {folders[split].name}/"
+            raise UserError(f"--data-dir {root}: only one of {pair} has the classes {', '.join(odd)}")
     if len(names) < 2:
         found = f"one class folder ({names[0]})" if names else "no class folder"
         raise UserError(f"--data-dir {root}: it has {found}, but training needs at least two")
+    if "val" in folders and "test" not in folders:
+        folders["test"] = folders.pop("val")
     return names, folders
 
 
@@ -62,96 +72,114 @@ def read_folder(root, image_size, cache_dir=None):
 
 
 def list_folder(root):
-    """(class names, files of all splits as in list_images, {split: (labels, file names)}); see find_splits."""
+    """(class names, files of all splits as in list_images, {split: (labels, file names)}); see find_splits.
+
+    A warning on stderr counts what is not read.
+    """
     class_folders, folders = find_splits(root)
-    all_files, splits = [], {}
+    all_files, splits, skipped = [], {}, {}
     for split, folder in folders.items():
-        found = [(file, label) for label, name in enumerate(class_folders) for file in list_images(folder / name)]
+        found = [
+            (file, label) for label, name in enumerate(class_folders) for file in list_images(folder / name, skipped)
+        ]
         files, labels = map(list, zip(*found))
-        splits[split] = labels, [Path(path).relative_to(root).as_posix() for path, _, _ in files]
+        splits[split] = labels, [printable(Path(path).relative_to(root).as_posix()) for path, _, _ in files]
         all_files += files
+    if skipped:
+        print(f"warning: not read in {root}: {summary_of(skipped)}", file=sys.stderr)
     return readable_names(root, class_folders), all_files, splits
 
 
+def printable(name):
+    """A file's name as text; bytes that are not UTF-8 as in \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def subfolders(folder):
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__"))
-    )
+    """The names of the folders in a folder, sorted, without hidden ones, runs, and folders of runs."""
+    try:
+        found = [entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+    return sorted(entry.name for entry in found if entry.name != "checkpoints" and not holds_runs(entry))
 
 
-def list_images(folder):
-    """(path, size in bytes, modification time) of all images below a folder, sorted. Raises UserError without any."""
+def holds_runs(folder, depth=1):
+    with suppress(OSError):  # list_images names a folder that cannot be read
+        for entry in os.scandir(folder):
+            if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
+                return True
+    return False
+
+
+def list_images(folder, skipped):
+    """(path, size in bytes, modification time) of all images below a folder, sorted.
+
+    Appends the paths of what is not read to the lists in skipped, {kind: paths}. Raises UserError without any image,
+    and if there are splits below the class folder.
+    """
     found = []
-    for parent, _, names in os.walk(folder):
+
+    def skip(kind, path):
+        skipped.setdefault(kind, []).append(path)
+
+    for parent, folders, names in os.walk(folder, onerror=lambda error: skip("unreadable folder", error.filename)):
+        if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
+            raise UserError(
+                f"{parent} holds splits ({', '.join(folders)}), which belong above classes: train/cat/1.jpg"
+            )
+        for path in (os.path.join(parent, name) for name in folders):
+            if os.path.islink(path):
+                skip("linked folder", path)
         for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                path = os.path.join(parent, name)
-                try:
-                    status = os.stat(path)
-                except OSError as error:
-                    raise UserError(f"{path} cannot be read ({error.strerror})") from error
+            if name.startswith("."):
+                continue
+            path, ending = os.path.join(parent, name), os.path.splitext(name)[1].lower()
+            if ending not in EXTENSIONS:
+                skip(ending or "no ending", path)
+                continue
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror})") from error
+            if stat.S_ISREG(status.st_mode):
                 found.append((path, status.st_size, status.st_mtime_ns))
+            else:
+                skip("no regular file", path)
     if not found:
-        raise UserError(f"{folder} contains no image ({', '.join(EXTENSIONS)})")
+        unread = f"; not read: {summary_of(skipped)}" if skipped else ""
+        raise UserError(f"{folder} contains no image ({', '.join(EXTENSIONS)}){unread}")
     return sorted(found)
+
+
+def summary_of(skipped):
+    """How many of each kind, with the first as an example; {kind: paths}."""
+    return "; ".join(
+        f"{kind}: {len(paths):,} ({paths[0]}{', ...' * (len(paths) > 1)})" for kind, paths in sorted(skipped.items())
+    )
 
 
 def readable_names(root, class_folders):
     """Class names; from root/classes.txt if it exists. Each of its lines is a class folder and then a readable name."""
     path = root / "classes.txt"
     if not path.exists():
-        return class_folders
+        return [*map(printable, class_folders)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    names = {line[0]: line[-1].strip() for line in lines}
+    names = {}
+    for line in map(str.strip, text.splitlines()):
+        ends = [match.start() for match in re.finditer(r"\s|$", line)]  # a folder's name may hold spaces
+        folder = max((line[:end] for end in ends if line[:end] in class_folders), key=len, default=None)
+        name = line[len(folder or "") :].strip() or folder
+        if folder in names or (folder and name in names.values()):
+            raise UserError(f"{path} has {folder} or {name} twice: each class needs one line and a name of its own")
+        if folder:
+            names[folder] = name
     if missing := [name for name in class_folders if name not in names]:
         raise UserError(f"{path} does not name {', '.join(missing)}: each line is a class folder and then its name")
     return [names[name] for name in class_folders]
-
-
-@contextmanager
-def open_image(path):
-    """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded as an image ({error})") from error
-
-
-def upright_image(path, size):
-    """A PIL image in RGB, turned by its EXIF tag. A large JPEG is decoded smaller, but no side is shorter than size."""
-    with open_image(path) as image:
-        image.draft("RGB", (size, size))
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def decode_image(path, size):
-    """One image, (3, size, size) uint8."""
-    image = upright_image(path, size)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def decode_images(paths, size, decode=decode_image):
-    """decode(path, size) of each path, as one array (N, 3, size, size) uint8."""
-    images = np.empty((len(paths), 3, size, size), np.uint8)
-    for row, image in enumerate(by_all_cores(partial(decode, size=size), paths)):
-        images[row] = image
-    return images
-
-
-def by_all_cores(decode, paths):
-    """decode(path) of each path, in order, on all cores, with a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            yield from tqdm(pool.map(decode, paths), "decoding", len(paths), disable=bar_disabled())
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def default_cache_dir():
@@ -170,8 +198,8 @@ def cached_array(root, name, files, make, cache_dir):
 
     The cache keeps one file per root and name.
     """
-    listing = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    key = hashlib.sha256(f"{root.resolve()} {name}".encode()).hexdigest()[:16]
+    listing = hashlib.sha256(json.dumps([DECODING, files]).encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode(f"{root.resolve()} {name}")).hexdigest()[:16]
     cache = Path(cache_dir or default_cache_dir()) / f"{root.resolve().name}-{name}-{key}.npz"
     try:
         with np.load(cache) as saved:

@@ -10,7 +10,8 @@ import torch
 from PIL.Image import Resampling
 from torchvision.transforms.functional import center_crop, resize
 
-from pipeline.folders import by_all_cores, cached_array, decode_images, list_folder, open_image, upright_image
+from pipeline.decoding import by_all_cores, decode_images, open_image, upright_image
+from pipeline.folders import cached_array, list_folder
 
 CROP_PCT = 0.875  # side of a test image's centre crop, as a fraction of the image's short side
 MAX_SIDE = 2  # largest short side of a training image in memory, in sides of a crop: few crops lose detail

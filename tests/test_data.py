@@ -85,3 +85,32 @@ def test_split_by_class_takes_the_same_share_of_every_class_and_depends_on_its_s
     assert again.names.tolist() == first.names.tolist() != other.names.tolist()
     with pytest.raises(UserError, match="--val-fraction 0.97 leaves no training image of class a, which has 10"):
         split_by_class(split, 0.97, names, seed=(0, 1), flag="--val-fraction")
+
+
+def test_classes_that_the_model_has_no_place_for_are_refused(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "imagewoof" / split, classes=[f"n{number:02}" for number in range(11)], count=1)
+    with pytest.raises(UserError, match="imagewoof has 11 class folders, but imagewoof has 10: use --dataset folder"):
+        load_dataset("imagewoof", data_dir=tmp_path, image_size=32, cache_dir=tmp_path / "cache")
+
+
+def test_a_test_fraction_without_effect_is_said(tmp_path, capsys):
+    for split in ("train", "test"):
+        write_images(tmp_path / "pets" / split, count=3)
+    options = {"data_dir": tmp_path / "pets", "image_size": 8, "cache_dir": tmp_path / "cache"}
+    load_dataset("folder", **options)
+    assert not capsys.readouterr().err
+    load_dataset("folder", **options, test_fraction=0.3)
+    assert capsys.readouterr().err == "warning: --test-fraction 0.3: pets has test images of its own\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_images_that_do_not_fit_into_memory_are_one_line(tmp_path, monkeypatch, error):
+    def no_room(*args, **options):
+        raise error
+
+    monkeypatch.setattr("pipeline.folders.decode_images", no_room)
+    with pytest.raises(UserError, match="the images do not fit into memory: use a smaller --image-size"):
+        load_dataset("folder", data_dir=write_images(tmp_path / "pets"), image_size=8, cache_dir=tmp_path / "cache")

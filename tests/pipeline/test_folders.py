@@ -1,7 +1,6 @@
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_images
@@ -10,14 +9,14 @@ from PIL import Image
 from data import describe, load_dataset
 from errors import UserError
 from pipeline import folders
-from pipeline.folders import decode_image, read_folder
+from pipeline.folders import find_splits, list_folder, read_folder
 
 
 def read(root, cache, image_size=32):
     return read_folder(root, image_size, cache)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".TIF", ".jfif"])
 def test_a_folder_without_splits_is_split_by_class(tmp_path, suffix):
     root = write_images(tmp_path / "pets", classes=("ant", "bee"), count=10, suffix=suffix)
     dataset = load_dataset("folder", data_dir=root, image_size=16, cache_dir=tmp_path / "cache")
@@ -59,23 +58,6 @@ def test_readable_names_and_numbers_a_class(tmp_path):
     (root / "n01" / "gone.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="gone.png cannot be read"):
         load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
-
-
-def test_images_are_upright_opaque_and_cut_to_the_centre_square(tmp_path):
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 200
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert decode_image(tmp_path / "wide.png", 20).min() == 200
-    half = Image.new("RGB", (40, 40))
-    half.paste((255, 255, 255), (0, 0, 40, 20))  # the top is white, until the tag turns it by 180 degrees
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    half.save(tmp_path / "turned.jpg", exif=exif)
-    turned = decode_image(tmp_path / "turned.jpg", 40)
-    assert turned[:, :15].max() < 20 and turned[:, 25:].min() > 235
-    for mode in ("L", "P", "RGBA", "CMYK"):
-        Image.new(mode, (9, 9)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-        assert decode_image(next(tmp_path.glob(f"{mode}.*")), 9).shape == (3, 9, 9)
 
 
 def test_the_cache_is_used_and_notices_every_change(tmp_path, monkeypatch):
@@ -137,3 +119,86 @@ def test_what_cannot_be_used_is_named(tmp_path):
     write_images(tmp_path / "split" / "test", classes=("cat", "dot"))
     with pytest.raises(UserError, match="only one of train/ and test/ has the classes dog, dot"):
         read(tmp_path / "split", cache)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation"), ("TRAIN", "valid", "testing")])
+def test_splits_are_found_under_their_usual_names(tmp_path, names):
+    for number, name in enumerate(names):
+        write_images(tmp_path / "pets" / name, count=3 + number)
+    dataset = load_dataset("folder", data_dir=tmp_path / "pets", image_size=8, cache_dir=tmp_path / "cache")
+    assert dataset.classes == ["cat", "dog"] and len(dataset.train.labels) == 6
+    assert (dataset.val is not None) == (len(names) == 3) and dataset.test.names[0] == f"{names[-1]}/cat/000.png"
+
+
+def test_what_looks_like_splits_is_never_a_class(tmp_path):
+    def message(*folders):
+        root = tmp_path / "-".join(folders).replace("/", ".")
+        for folder in folders:
+            write_images(root, classes=(folder,), count=1)
+        with pytest.raises(UserError) as raised:
+            list_folder(root)
+        return str(raised.value).removeprefix(f"--data-dir {root}: ").replace(str(root), "")
+
+    assert message("train", "test") == "train/ has no class folders, as in train/cat/1.jpg"
+    assert message("cat", "dog", "Test") == "it has Test/, but no train/ (if that is a class, rename it)"
+    assert message("train/cat", "train/dog", "val/cat", "valid/cat").startswith("train/ and val/ and valid/: two")
+    within = message("cat/train", "cat/test", "dog/train", "dog/test")
+    assert "/cat holds splits" in within and within.endswith("which belong above classes: train/cat/1.jpg")
+    for split in ("train", "test"):  # CIFAR-100 has trains
+        write_images(tmp_path / "cifar100" / split, classes=("bus", "train"), count=1)
+    assert list_folder(tmp_path / "cifar100")[0] == ["bus", "train"]
+
+
+def test_runs_in_the_folder_are_no_classes(tmp_path):
+    root = write_images(tmp_path / "pets", count=1)
+    for run in ("checkpoints/vit/maps", "mine", "runs/vit-2"):
+        write_images(root, classes=(run,), count=1)
+    (root / "mine" / "last.pt").touch()
+    (root / "runs" / "vit-2" / "split.csv").touch()
+    assert find_splits(root)[0] == ["cat", "dog"]
+
+
+def test_what_is_not_read_is_counted_and_named_once(tmp_path, capsys, monkeypatch):
+    root = write_images(tmp_path / "pets", count=1)
+    for path in ("cat/1.heic", "dog/2.HEIC", "dog/notes", "dog/.hidden.heic"):
+        (root / path).touch()
+    write_images(tmp_path / "else", classes=("more",), count=1)
+    (root / "cat" / "more").symlink_to(tmp_path / "else" / "more")
+    os.mkfifo(root / "dog" / "pipe.jpg")
+    (root / "dog" / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path):
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert len(list_folder(root)[1]) == 2
+    assert capsys.readouterr().err == (
+        f"warning: not read in {root}: .heic: 2 ({root}/cat/1.heic, ...); linked folder: 1 ({root}/cat/more); "
+        f"no ending: 1 ({root}/dog/notes); no regular file: 1 ({root}/dog/pipe.jpg); "
+        f"unreadable folder: 1 ({root}/dog/locked)\n"
+    )
+    (root / "cat" / "000.png").unlink()
+    with pytest.raises(UserError, match=r"cat contains no image \(.*\); not read: .*\.heic: 1 \("):
+        list_folder(root)
+
+
+def test_names_that_are_not_utf8_can_be_printed_and_written(tmp_path):
+    root = write_images(tmp_path / os.fsdecode(b"caf\xe9"), classes=("cat", os.fsdecode(b"caf\xe9")), count=5)
+    (root / "cat" / "000.png").rename(root / "cat" / os.fsdecode(b"caf\xe9.png"))
+    dataset = load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
+    names = [dataset.name, *dataset.classes, *dataset.train.names, *dataset.test.names]
+    "".join(names).encode()
+    assert dataset.classes == [r"caf\xe9", "cat"] and r"cat/caf\xe9.png" in names
+
+
+def test_folders_with_spaces_have_readable_names_and_no_two_are_alike(tmp_path):
+    root = write_images(tmp_path / "pets", classes=("great", "great dane", "n01"), count=1)
+    (root / "classes.txt").write_text("great dane\tDogge / large dog\ngreat  big\nn01\nn77 no folder\n")
+    assert list_folder(root)[0] == ["big", "Dogge / large dog", "n01"]
+    for twice in ("great big\ngreat dane big\nn01 tabby\n", "great a\ngreat b\n"):
+        (root / "classes.txt").write_text(twice)
+        with pytest.raises(UserError, match="classes.txt has great.* twice: each class needs one line"):
+            list_folder(root)

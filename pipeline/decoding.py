@@ -1,0 +1,97 @@
+"""From files to pixels: one image, or many on all cores."""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from multiprocessing import parent_process
+from threading import Lock
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from errors import UserError, bar_disabled
+
+ONE_SPEAKER = Lock()
+
+
+@contextmanager
+def open_image(path):
+    """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be decoded as an image ({error})") from error
+
+
+@cache
+def warn_once(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def eight_bits(image, file_format):
+    """An image of 16 bits per pixel with 8: 65,535 becomes 255. Others are returned as they are.
+
+    PIL would make all above 255 white. Raises ValueError for 32 bits, of which nobody knows what is white.
+    """
+    if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):  # in these two, I has 16 bits
+        raise ValueError("its pixels have 32 bits, and what is white is unknown: save it with 8 or 16")
+    if not image.mode.startswith("I"):
+        return image
+    if not parent_process():  # not in each of the workers
+        with ONE_SPEAKER:
+            warn_once("grey images of 16 bits are scaled to 8: 65,535 is white, and 12-bit values come out dark")
+    return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+
+
+def upright_image(path, size):
+    """A PIL image in RGB, turned by its EXIF tag. A large JPEG is decoded smaller, but no side is shorter than size."""
+    with open_image(path) as image:
+        image.draft("RGB", (size, size))
+        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+
+
+def decode_image(path, size):
+    """One image, (3, size, size) uint8."""
+    image = upright_image(path, size)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_images(paths, size, decode=decode_image):
+    """decode(path, size) of each path, as one array (N, 3, size, size) uint8."""
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    for row, image in enumerate(by_all_cores(partial(decode, size=size), paths)):
+        images[row] = image
+    return images
+
+
+def by_all_cores(decode, paths):
+    """decode(path) of each path, in order, on all cores, with a progress bar.
+
+    Paths for which it raises UserError are left out, and named together in one UserError at the end.
+    """
+
+    def attempt(path):
+        try:
+            return decode(path)
+        except UserError as error:
+            return error
+
+    errors = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for result in tqdm(pool.map(attempt, paths), "decoding", len(paths), disable=bar_disabled()):
+                if isinstance(result, UserError):
+                    errors.append(str(result))
+                else:
+                    yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if errors:
+        more = f"; and {len(errors) - 3:,} more files" if len(errors) > 3 else ""
+        raise UserError("; ".join(errors[:3]) + more)
