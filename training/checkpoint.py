@@ -24,6 +24,7 @@ def make_checkpoint(run):
         "image_size": run.args.image_size,
         "mean": run.dataset.mean,
         "std": run.dataset.std,
+        "data_hashes": run.data_hashes,
         "weights": run.model.state_dict(),
         "ema": run.average.module.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(),
@@ -139,16 +140,18 @@ def rebuild_model(checkpoint, build_model):
     return model.eval()
 
 
-def check_same_images(checkpoint, dataset):
-    """Raises UserError if a dataset is not the one that the checkpoint was trained on."""
+def check_same_images(checkpoint, run):
+    """Raises UserError if a run's dataset is not the one that the checkpoint was trained on."""
+    dataset, then, now = run.dataset, checkpoint.get("data_hashes"), run.data_hashes
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
-    now = torch.tensor([dataset.mean, dataset.std])
-    if not torch.allclose(now, torch.tensor([checkpoint["mean"], checkpoint["std"]]), rtol=0, atol=1e-6):
-        raise UserError(
-            "the training images are not those of the run to resume: their mean or standard deviation differs"
-        )
+    if then is None:  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
+        here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
+        then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
+    names = {"train": "training", "val": "validation", "test": "test"}
+    if changed := [name for key, name in names.items() if then.get(key) != now.get(key)]:
+        raise UserError(f"the {changed[0]} images are not those of the run to resume: an image or its class is another")
 
 
 def restore_training(checkpoint, run):

@@ -163,7 +163,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
         "num_classes": len(dataset.classes),
-        "data_hash": dataset.data_hash(),
+        "data_hash": run.data_hashes["train"],
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],

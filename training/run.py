@@ -109,6 +109,7 @@ class Run:
         self.model, self.model_args = model, start.model_args(len(dataset.classes))
         self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
         self.precision, self.device = precision, precision.device
+        self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
         self.epoch, self.sums, self.history = 0, new_sums(self.device), []
         self.first_epoch = 0
         self.unwritten = {}  # checkpoints by the names of their files
@@ -131,7 +132,7 @@ class Run:
                 f"--patience {self.args.patience} needs validation images: --val-fraction 0.1 splits them off"
             )
         if checkpoint:
-            check_same_images(checkpoint, self.dataset)
+            check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
         prepare_folder(self.folder, resuming=checkpoint is not None)

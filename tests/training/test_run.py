@@ -1,15 +1,19 @@
 import csv
+import itertools
 import time
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
 from matplotlib.figure import Figure
 
+import train_vit
+from data import load_dataset
 from errors import UserError
 from training.arguments import Start
-from training.checkpoint import save_checkpoint
+from training.checkpoint import check_same_images, save_checkpoint
 from training.device import Precision
 from training.optimizer import multistep_schedule
 from training.outputs import draw_curves, epoch_line
@@ -92,7 +96,7 @@ def small_run(folder, **options):
     return Run(
         start,
         model,
-        Namespace(classes=["a", "b"], mean=[0.5], std=[0.5], val=None),
+        Namespace(classes=["a", "b"], mean=[0.5], std=[0.5], val=None, splits=dict),
         optimizer=optimizer,
         schedule=multistep_schedule(optimizer, epochs=9, steps_per_epoch=1),
         average=None,
@@ -234,3 +238,42 @@ def test_epoch_lines_are_aligned():
     rows[1]["epoch"], rows[1]["images_per_second"] = 100, 12345.6
     lines = [epoch_line(row, 100) for row in rows]
     assert len(lines[0]) == len(lines[1]) and "val 1.5000  50.00%" in lines[0]
+
+
+def test_changed_images_are_refused_whatever_they_are_normalised_by(tmp_path):
+    root, pets = tmp_path / "pets", [tmp_path / "pets" / split for split in ("train", "val", "test")]
+    for number, split in enumerate(pets):
+        write_images(split, count=3 + number)
+
+    def run_on_images():
+        dataset = load_dataset("folder", data_dir=root, image_size=8, cache_dir=tmp_path / "cache")
+        hashes = {split: images.hash() for split, images in dataset.splits().items()}
+        return Namespace(dataset=dataset.normalised_by([0.5] * 3, [0.5] * 3), data_hashes=hashes)
+
+    def swap(one, other):
+        for path, target in ((one, root / "swap"), (other, one), (root / "swap", other)):
+            path.rename(target)
+
+    checkpoint = {"classes": ["cat", "dog"], "mean": [0.5] * 3, "std": [0.5] * 3}
+    checkpoint["data_hashes"] = run_on_images().data_hashes
+    check_same_images(checkpoint, run_on_images())
+    for (split, word), (one, other) in itertools.product(
+        zip(pets, ("training", "validation", "test")),
+        (("cat", "dog"), ("cat/000.png", "dog/002.png")),
+    ):
+        swap(split / one, split / other)
+        with pytest.raises(UserError, match=f"the {word} images are not those of the run to resume"):
+            check_same_images(checkpoint, run_on_images())
+        swap(split / one, split / other)
+        check_same_images(checkpoint, run_on_images())
+    del checkpoint["data_hashes"]  # as in an older checkpoint, of which mean and std alone are compared
+    check_same_images(checkpoint, run_on_images())
+    with pytest.raises(UserError, match="the training images are not those of the run to resume"):
+        check_same_images(checkpoint | {"std": [0.4] * 3}, run_on_images())
+
+
+def test_a_checkpoint_keeps_the_hashes_of_all_images(folder_flags, tmp_path):
+    result = train_vit.main([*folder_flags, "--epochs", "1", "--val-fraction", "0.2"])
+    hashes = torch.load(tmp_path / "runs/vit/last.pt")["data_hashes"]
+    assert list(hashes) == ["train", "val", "test"] and len({*hashes.values()}) == 3
+    assert hashes["train"] == result["data_hash"]
