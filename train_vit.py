@@ -29,7 +29,7 @@ from models import build_model
 from models.attention import ATTENTIONS
 from models.summary import summarize
 from pipeline.batches import evaluation_batches, training_batches
-from pipeline.imagenette import warn_of_seen_images
+from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
 from seeding import seed_for
 from training.arguments import start_run
@@ -144,8 +144,13 @@ def vit_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
-    short = name == "strong" and given.get("epochs", SHORT) < SHORT
-    return name, RECIPES[name] | (LIGHT if short else {})
+    changes = {}
+    if name == "strong" and given.get("epochs", SHORT) < SHORT:
+        changes = LIGHT
+    large = given.get("dataset") in ("folder", *IMAGENETTES)
+    if large and given.get("model", RECIPES[name]["model"]) == "vit_b_16":
+        changes = {"image_size": 224}  # the model's own: it would enlarge smaller images
+    return name, RECIPES[name] | changes
 
 
 def start_from_imagenet(model, args, checkpoint):
