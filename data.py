@@ -20,7 +20,6 @@ from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
-TEST_FRACTION = 0.2  # what --test-fraction is by default
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
@@ -34,17 +33,14 @@ class Split(NamedTuple):
 
     def hash(self):
         """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache, of labels and files."""
-        digest = hashlib.sha256(self.labels.numpy().tobytes())
-        if not isinstance(self.images, LargeImages):
-            digest.update(self.images.numpy())
-            return digest.hexdigest()
+        digest, large = hashlib.sha256(self.labels.numpy().tobytes()), isinstance(self.images, LargeImages)
 
-        def hash_files():
-            for path in self.images.files[:, 0]:
-                digest.update(Path(path).read_bytes())
+        def whole():
+            for part in self.images.files[:, 0] if large else [self.images.numpy()]:
+                digest.update(Path(part).read_bytes() if large else part)
             return np.frombuffer(digest.digest(), np.uint8)
 
-        return self.images.cached("sha256", hash_files).tobytes().hex()
+        return (self.images.cached("sha256", whole) if large else whole()).tobytes().hex()
 
 
 class Dataset(NamedTuple):
@@ -91,7 +87,7 @@ def load_dataset(
     image_size,
     crop_pct=CROP_PCT,
     val_fraction=0.0,
-    test_fraction=TEST_FRACTION,
+    test_fraction=0.2,
     split_seed=0,
     cache_dir=None,
     dataset_name=None,
@@ -129,7 +125,7 @@ def load_dataset(
             splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
         )
         splits = {"train": train, "test": test}
-    elif folder and test_fraction != TEST_FRACTION:
+    elif folder and test_fraction != 0.2:  # not the default
         print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
     if val_fraction:
         if "val" in splits:

@@ -144,9 +144,7 @@ def vit_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
-    changes = {}
-    if name == "strong" and given.get("epochs", SHORT) < SHORT:
-        changes = LIGHT
+    changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
     large = given.get("dataset") in ("folder", *IMAGENETTES)
     if large and given.get("model", RECIPES[name]["model"]) == "vit_b_16":
         changes = {"image_size": 224}  # the model's own: it would enlarge smaller images

@@ -33,10 +33,7 @@ def warn_once(message):
 
 
 def eight_bits(image, file_format):
-    """An image of 16 bits per pixel with 8: 65,535 becomes 255. Others are returned as they are.
-
-    PIL would make all above 255 white. Raises ValueError for 32 bits, of which nobody knows what is white.
-    """
+    """An image, with 8 bits if it has 16 (PIL makes all above 255 white). Raises ValueError for one of 32 bits."""
     if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):  # in these two, I has 16 bits
         raise ValueError("its pixels have 32 bits, and what is white is unknown: save it with 8 or 16")
     if not image.mode.startswith("I"):

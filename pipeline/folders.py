@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 import zipfile
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,11 +78,9 @@ def list_folder(root):
     A warning on stderr counts what is not read.
     """
     class_folders, folders = find_splits(root)
-    all_files, splits, skipped = [], {}, {}
+    all_files, splits, skipped = [], {}, defaultdict(list)
     for split, folder in folders.items():
-        found = [
-            (file, label) for label, name in enumerate(class_folders) for file in list_images(folder / name, skipped)
-        ]
+        found = [(file, y) for y, name in enumerate(class_folders) for file in list_images(folder / name, skipped)]
         files, labels = map(list, zip(*found))
         splits[split] = labels, [printable(Path(path).relative_to(root).as_posix()) for path, _, _ in files]
         all_files += files
@@ -119,24 +118,17 @@ def list_images(folder, skipped):
     and if there are splits below the class folder.
     """
     found = []
-
-    def skip(kind, path):
-        skipped.setdefault(kind, []).append(path)
-
-    for parent, folders, names in os.walk(folder, onerror=lambda error: skip("unreadable folder", error.filename)):
+    for parent, folders, names in os.walk(folder, onerror=lambda error: skipped["unreadable"].append(error.filename)):
         if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
             raise UserError(
                 f"{parent} holds splits ({', '.join(folders)}), which belong above classes: train/cat/1.jpg"
             )
-        for path in (os.path.join(parent, name) for name in folders):
-            if os.path.islink(path):
-                skip("linked folder", path)
-        for name in names:
-            if name.startswith("."):
-                continue
-            path, ending = os.path.join(parent, name), os.path.splitext(name)[1].lower()
+        if links := [path for name in folders if os.path.islink(path := os.path.join(parent, name))]:
+            skipped["linked"] += links
+        for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+            ending = os.path.splitext(path)[1].lower()
             if ending not in EXTENSIONS:
-                skip(ending or "no ending", path)
+                skipped[ending or "without ending"].append(path)
                 continue
             try:
                 status = os.stat(path)
@@ -145,7 +137,7 @@ def list_images(folder, skipped):
             if stat.S_ISREG(status.st_mode):
                 found.append((path, status.st_size, status.st_mtime_ns))
             else:
-                skip("no regular file", path)
+                skipped["no regular file"].append(path)
     if not found:
         unread = f"; not read: {summary_of(skipped)}" if skipped else ""
         raise UserError(f"{folder} contains no image ({', '.join(EXTENSIONS)}){unread}")
@@ -153,10 +145,8 @@ def list_images(folder, skipped):
 
 
 def summary_of(skipped):
-    """How many of each kind, with the first as an example; {kind: paths}."""
-    return "; ".join(
-        f"{kind}: {len(paths):,} ({paths[0]}{', ...' * (len(paths) > 1)})" for kind, paths in sorted(skipped.items())
-    )
+    """How many of each kind, with one as an example."""
+    return "; ".join(f"{len(paths):,} {kind}, {paths[0]}" for kind, paths in sorted(skipped.items()))
 
 
 def readable_names(root, class_folders):

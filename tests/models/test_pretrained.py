@@ -95,3 +95,13 @@ def test_weights_that_cannot_be_downloaded(finetune_flags, small_vit_b_16, monke
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **b: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=rf"--pretrained: https://.*vit_b_16.* cannot be downloaded \({error}\)"):
         train_vit.main(finetune_flags)
+
+
+def test_folders_are_read_at_the_size_of_the_model():
+    """Not at 32 pixels, which it would enlarge; small images stay small in memory."""
+    sizes = [
+        train_vit.chosen_recipe({"recipe": "finetune"} | given)[1].get("image_size")
+        for given in ({"dataset": "folder"}, {"dataset": "imagewoof"}, {}, {"dataset": "folder", "model": "vit"})
+    ]
+    assert sizes == [224, 224, None, None]
+    assert train_vit.chosen_recipe({"dataset": "folder", "model": "vit_b_16"})[1]["image_size"] == 224
