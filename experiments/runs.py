@@ -23,6 +23,7 @@ RESULT_KEYS = {
     "test_accuracy": (int, float),
     "val_accuracy": (int, float, type(None)),
     "device": str,
+    "precision": str,
     "seconds": (int, float),
 }
 OTHER_RESULTS = ("maps", "speed")  # folders of results/ that hold no runs

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from experiments.statistics import compare_accuracies, summarise, verdicts
 
 REPORTED = "published"  # what others report; columns that no row of a table fills are left out
+PRECISIONS = {"off": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16"}
 MINUTES = "minutes per run"  # on a GPU; a CPU's name alone does not tell how many cores there were
 
 
@@ -50,7 +51,8 @@ def group_cells(group, by):
         cells["dataset"] = results[0]["dataset_name"]
         cells["epochs"] = spread(result["epochs"] for result in results)
         cells["parameters"] = spread(result["params"] for result in results)
-        cells["device"] = ", ".join(sorted({result["device"] for result in results}))
+        kinds = {f"{result['device']}, {PRECISIONS[result['precision']]}" for result in results}
+        cells["device"] = " and ".join(sorted(kinds))
         if len({result["device"] for result in results}) == 1 and results[0].get("device_type") == "cuda":
             cells[MINUTES] = f"{statistics.fmean(result['seconds'] for result in results) / 60:.1f}"
     if values:

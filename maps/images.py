@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from data import dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
-from pipeline.decoding import decode_image
-from pipeline.folders import decode_images
+from pipeline.decoding import decode_image, decode_images
 from pipeline.large import centre_crop
 from pipeline.shapes import make_shapes
 

@@ -53,7 +53,7 @@ if __name__ == "__main__":
     (folder / "log.csv").write_text("epoch,val_accuracy,test_accuracy,seconds\\n1,,0.5,60\\n")
     (folder / "result.json").write_text(json.dumps({
         "script": "train_fake.py", "args": args, "params": 10, "dataset_name": "fake", "data_hash": "", "epochs": 1,
-        "seed": int(args["seed"]), "test_accuracy": 0.5 + args["seed"] / 100, "val_accuracy": None, "device": "none",
+        "seed": int(args["seed"]), "test_accuracy": 0.5 + args["seed"] / 100, "val_accuracy": None, "device": "none", "precision": "off",
         "seconds": 60.0, "init_from": args["init_from"] and Path(args["init_from"]).name,
     }))
 """

@@ -25,7 +25,7 @@ def write_measured(root, name, seed, accuracy, *, dataset="cifar10", curve=(), *
     result = {
         **{"script": "train_vit.py", "args": args | changes.pop("args", {}), "params": 1_000_000, "data_hash": "aa"},
         **{"dataset_name": dataset, "epochs": 2, "seed": seed, "test_accuracy": accuracy, "val_accuracy": None},
-        **{"device": "AMD EPYC", "seconds": 90, **changes},
+        **{"device": "AMD EPYC", "precision": "bf16", "seconds": 90, **changes},
     }
     path = root / f"{name}-seed-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def test_the_listing_has_a_line_for_runs_that_differ_in_the_seed_alone(measured,
     (measured / "maps" / "x.json").write_text("{}")
     out = lines_of(capsys, "--results", measured)
     assert [line.split() for line in out[1:]] == [
-        ["alone", "cifar10", "2", "12,345", "43.21", "%", "-", "1", "AMD", "EPYC"],
+        ["alone", "cifar10", "2", "12,345", "43.21", "%", "-", "1", "AMD", "EPYC,", "bfloat16"],
         [
             "drop/better",
             "cifar10",
@@ -160,7 +160,8 @@ def test_the_listing_has_a_line_for_runs_that_differ_in_the_seed_alone(measured,
             "68.57",
             "3",
             "AMD",
-            "EPYC",
+            "EPYC,",
+            "bfloat16",
         ],
         [
             "drop/plain",
@@ -176,9 +177,10 @@ def test_the_listing_has_a_line_for_runs_that_differ_in_the_seed_alone(measured,
             "56.97",
             "3",
             "AMD",
-            "EPYC",
+            "EPYC,",
+            "bfloat16",
         ],
-        ["drop/plain", "cifar10", "2", "1,000,000", "90.00", "%", "-", "1", "AMD", "EPYC"],
+        ["drop/plain", "cifar10", "2", "1,000,000", "90.00", "%", "-", "1", "AMD", "EPYC,", "bfloat16"],
     ]
     assert len({line.index("AMD") for line in out[1:]} | {out[0].index("device")}) == 1
 
@@ -286,7 +288,7 @@ def test_what_others_report_stands_beside_what_was_measured(measured, plan, caps
     plan.write_text(plan.read_text() + 'published = "92.6 (survey)"\n')
     out = lines_of(capsys, "--results", measured, plan)
     assert out[1].split()[-2:] == ["published", "device"]
-    assert out[2].endswith("3              -  AMD EPYC") and out[4].endswith("-  92.6 (survey)  -")
+    assert out[2].endswith("3              -  AMD EPYC, bfloat16") and out[4].endswith("-  92.6 (survey)  -")
     text = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured)
     assert "published" not in text  # the row that has one is not measured
 
@@ -361,8 +363,8 @@ def test_tables_between_markers(measured, plan, tmp_path, capsys):
         "",
         "| name | dataset | epochs | parameters | test accuracy | 95 % interval | N | device |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| plain | cifar10 | 2 | 1,000,000 | 52.00 ± 2.00 % | 47.03 to 56.97 | 3 | AMD EPYC |",
-        "| better | cifar10 | 2 | 1,000,000 | 62.00 ± 2.65 % | 55.43 to 68.57 | 3 | AMD EPYC |",
+        "| plain | cifar10 | 2 | 1,000,000 | 52.00 ± 2.00 % | 47.03 to 56.97 | 3 | AMD EPYC, bfloat16 |",
+        "| better | cifar10 | 2 | 1,000,000 | 62.00 ± 2.65 % | 55.43 to 68.57 | 3 | AMD EPYC, bfloat16 |",
     ]
     assert lines[9:] == ["<!-- end table -->", "", "text"]
     assert compare.filled_tables(readme.read_text(), measured) == readme.read_text() != before
@@ -373,8 +375,8 @@ def test_a_gpu_has_its_minutes_beside_its_name(measured, plan):
     for seed in range(3):
         write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2}, seconds=60 * seed, **about)
     lines = compare.filled_tables(f"<!-- table: {plan} -->\n<!-- end table -->\n", measured).splitlines()
-    assert lines[3].endswith("| N | minutes per run | device |") and lines[5].endswith("| 3 | - | AMD EPYC |")
-    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4 |")
+    assert lines[3].endswith("| N | minutes per run | device |") and lines[5].endswith("| 3 | - | AMD EPYC, bfloat16 |")
+    assert lines[6].endswith("| 3 | 1.0 | NVIDIA T4, bfloat16 |")
 
 
 def test_a_plan_that_was_never_run_is_one_line(plan, tmp_path):
