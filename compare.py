@@ -89,10 +89,8 @@ def named_groups(names, groups, results):
     own = own_groups([Path(name) for name in names if Path(name).is_dir()])
     found = []
     for name in names:
-        if Path(name).is_dir():
-            found += [group for group in own if any(run.path.is_relative_to(name) for run in group.runs)]
-        else:
-            found.append(find_group(groups, name, results))
+        inside = [group for group in own if any(run.path.is_relative_to(name) for run in group.runs)]
+        found += inside if Path(name).is_dir() else [find_group(groups, name, results)]
     return list({id(group): group for group in found}.values())
 
 
