@@ -7,23 +7,29 @@ from pathlib import Path
 from errors import UserError
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, *, previous=None):
     """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
 
-    Raises UserError if the file cannot be written; an existing file at path then stays as it was.
+    An existing file at path is kept as `previous`, if that is given. Raises UserError if the file cannot be written; an
+    existing file at path then stays as it was, and the temporary file is removed, as it is after any exception.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save makes a RuntimeError of it
+        if isinstance(reason, OSError):
+            raise UserError(f"{path} cannot be written ({reason.strerror or reason})") from error
+        raise
 
 
 def make_folder(path):

@@ -43,16 +43,8 @@ def make_checkpoint(run):
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint to path; an existing last.pt becomes last.prev.pt."""
     path = Path(path)
-
-    def write(file):
-        torch.save(checkpoint, file)
-
-    if path.name == "last.pt" and path.exists():
-        write_atomically(path.with_name("last.next.pt"), write)
-        os.replace(path, path.with_name("last.prev.pt"))
-        os.replace(path.with_name("last.next.pt"), path)
-    else:
-        write_atomically(path, write)
+    previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
+    write_atomically(path, lambda file: torch.save(checkpoint, file), previous=previous)
 
 
 def open_checkpoint(path, device="cpu"):

@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 
@@ -105,4 +106,25 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
     with pytest.raises(UserError, match="log.csv cannot be written .No space left"):
         write_atomically(path, disk_is_full)
+    with pytest.raises(KeyError, match="a bug"):
+        write_atomically(path, lambda file: {}["a bug"])
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["log.csv"]
+
+
+@pytest.mark.parametrize("room", [0, 1000, 300_000])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_nothing_else(tmp_path, room):
+    """Of torch.save, which makes a RuntimeError of the file's OSError wherever that comes."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, small_checkpoint())
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr("builtins.open", lambda name, mode: FullDisk(name, "w+"))
+        save_checkpoint(path, small_checkpoint(2))
+    assert str(caught.value) == f"{path} cannot be written (No space left on device)"
+    assert os.listdir(tmp_path) == ["last.pt"] and open_checkpoint(path)["epoch"] == 1
