@@ -132,6 +132,7 @@ def resumed_arguments(parser, given, checkpoint, folder):
     everything = vars(parser.parse_args([]))
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
     saved = everything | saved
+    parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
         for name, value in given.items()

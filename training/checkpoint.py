@@ -1,17 +1,63 @@
 """Checkpoints: written in one piece, opened without running code, resumed exactly."""
 
+import contextlib
+import hashlib
 import os
 import pickle
 import sys
 import zipfile
 from pathlib import Path
+from textwrap import shorten
+from types import UnionType
+from typing import get_args, get_origin
 
 import torch
 
 from errors import UserError
 from files import write_atomically
+from training.outputs import COLUMNS
 
 FORMAT_VERSION = 1
+FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
+    "format_version": (int, lambda version: version == FORMAT_VERSION),
+    "model": (str,),
+    "model_args": (dict[str, object],),
+    "classes": (list[str], len),
+    "image_size": (int, lambda size: 1 <= size <= 10_000),
+    "mean": (list[float], lambda mean: len(mean) == 3),
+    "std": (list[float], lambda std: len(std) == 3 and min(std) > 0),
+    "weights": (dict[str, torch.Tensor], len),
+    "ema": (dict[str, torch.Tensor] | None,),
+    "optimizer": (dict[str, object],),
+    "schedule": (
+        dict[str, object],
+        lambda state: {type(state.get(n, 0)) for n in ("last_epoch", "_step_count")} == {int},
+    ),
+    "scaler": (dict[str, object],),
+    "seed": (int,),
+    "epoch": (int, lambda epoch: epoch >= 0),
+    "step": (int, lambda step: step >= 0),
+    "sums": (
+        dict[str, torch.Tensor | int | float],
+        lambda sums: not any(torch.is_tensor(v) and v.ndim for v in sums.values()),
+    ),
+    "history": (list[dict[str, int | float | None]], lambda rows: all(set(COLUMNS[:8]) <= row.keys() for row in rows)),
+    "args": (dict[str, object], lambda args: is_of_kind([args.get("dataset"), args.get("data_dir")], list[str])),
+}
+
+
+def is_of_kind(value, kind):
+    """Whether a value is of a type, which may be built from others as list[str] and dict[str, int | None] are."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(is_of_kind(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_of_kind(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_of_kind(key, inner[0]) and is_of_kind(item, inner[1]) for key, item in value.items()
+        )
+    return isinstance(value, kind)
 
 
 def make_checkpoint(run):
@@ -44,43 +90,91 @@ def save_checkpoint(path, checkpoint):
     """Write a checkpoint to path; an existing last.pt becomes last.prev.pt."""
     path = Path(path)
     previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
-    write_atomically(path, lambda file: torch.save(checkpoint, file), previous=previous)
+    write_atomically(path, lambda file: write_archive(file, checkpoint), previous=previous)
+
+
+DIGEST_SIZE = 32  # bytes
+
+
+def digest_of(file, size):
+    """The digest of the first `size` bytes of an open file."""
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    file.seek(0)
+    for start in range(0, size, 2**20):
+        digest.update(file.read(min(2**20, size - start)))
+    return digest.digest()
+
+
+def write_archive(file, checkpoint):
+    """torch.save, and after it a digest of the whole file: the comment that a zip archive may end in."""
+    torch.save(checkpoint, file)
+    file.seek(-2, os.SEEK_END)
+    file.write(DIGEST_SIZE.to_bytes(2, "little"))  # the length of the comment
+    file.write(digest_of(file, file.tell()))
+
+
+def check_archive(path):
+    """Raises UserError if the digest of a file is wrong; without one, as of older files, if a zip checksum is.
+
+    torch.load checks neither, and flipped bits in a zip's directory escape its checksums.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        if archive.comment:
+            damaged = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) != archive.comment and "the whole file"
+        else:
+            damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged (checksum of {damaged})")
+
+
+@contextlib.contextmanager
+def read_from_outside(what_is_wrong):
+    """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
+        raise UserError(f"{what_is_wrong} (it holds more than tensors and plain types)") from error
+    except Exception as error:
+        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
 
 
 def open_checkpoint(path, device="cpu"):
-    """The checkpoint in a file. Raises UserError if it is damaged, or holds more than tensors and plain types."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not check the zip's checksums
-        if damaged:
-            raise UserError(f"{path} is damaged (checksum of {damaged})")
+    """The checkpoint in a file. Raises UserError if it is damaged or none, or more than tensors and plain types."""
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint {path}")
+    with read_from_outside(f"{path} is damaged or no checkpoint"):
+        check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, NotImplementedError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({first_line(error)})") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no checkpoint of this project: it holds more than tensors and plain types"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is no checkpoint of this project, or one of another version of it")
+    for name, (kind, *conditions) in FIELDS.items():
+        value = checkpoint.get(name, ...) if isinstance(checkpoint, dict) else ...
+        if not is_of_kind(value, kind) or not all(holds(value) for holds in conditions):
+            what = "no checkpoint of this project, or one of another version of it"
+            raise UserError(f"{path} is {what}: its {name} is missing or makes no sense")
     return checkpoint
 
 
-def open_weights(path):
-    """The state dict in a file that another program saved. Raises UserError if there is none."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"--init-from {path}: cannot be read as weights ({first_line(error)})") from error
-    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise UserError(f"--init-from {path} holds no state dict (a tensor for each name)")
-    return weights
+def open_weights(path, device="cpu"):
+    """(weights, (mean, std) of the images) of a run's folder, of a checkpoint, or of a file that another program saved.
 
-
-def first_line(error):
-    return str(error).strip().split("\n")[0]
+    Such a file is a state dict, and has None in place of (mean, std). Raises UserError for anything else.
+    """
+    path = Path(path)
+    if path.is_file() and path.name != "last.pt":
+        with read_from_outside(f"--init-from {path}: it is neither a checkpoint nor a file of weights"):
+            if zipfile.is_zipfile(path):
+                check_archive(path)
+            found = torch.load(path, map_location=device, weights_only=True)
+        if is_of_kind(found, dict[str, torch.Tensor]):
+            return found, None
+        if "format_version" not in found:
+            raise UserError(
+                f"--init-from {path}: it holds neither a checkpoint nor a state dict (a tensor for each name)"
+            )
+    checkpoint = load_checkpoint(path, device=device)
+    return evaluated_weights(checkpoint), (checkpoint["mean"], checkpoint["std"])
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
@@ -98,7 +192,10 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         previous = path.with_name("last.prev.pt")
         if path.name != "last.pt" or not previous.exists():
             raise
-        checkpoint = open_checkpoint(previous, device)
+        try:
+            checkpoint = open_checkpoint(previous, device)
+        except UserError as second:
+            raise UserError(f"{error}; {second}") from second
         print(f"warning: {error}: using {previous}", file=sys.stderr)
         path = previous
     history = checkpoint["history"]
@@ -121,14 +218,15 @@ def evaluated_weights(checkpoint):
 def rebuild_model(checkpoint, build_model):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
-    Raises UserError if the model or a part of it is not known here.
+    Raises UserError if the model or a part of it is not known here, or if the weights do not fit it.
     """
-    try:
-        model = build_model(checkpoint["model"], **checkpoint["model_args"])
-    except UserError as error:
-        advice = "a class of your own must be in its table first, see docs/extending.md"
-        raise UserError(f"the checkpoint's model cannot be built here ({error}): {advice}") from error
-    model.load_state_dict(evaluated_weights(checkpoint))
+    with read_from_outside("the checkpoint's weights do not fit its model and model_args"):
+        try:
+            model = build_model(checkpoint["model"], **checkpoint["model_args"])
+        except UserError as error:
+            advice = "a class of your own must be in its table first, see docs/extending.md"
+            raise UserError(f"the checkpoint's model cannot be built here ({error}): {advice}") from error
+        model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
 
@@ -148,16 +246,17 @@ def check_same_images(checkpoint, run):
 
 def restore_training(checkpoint, run):
     """Restore a run's weights, optimiser, schedule, scaler and position from a checkpoint."""
-    run.model.load_state_dict(checkpoint["weights"])
-    if run.average:
-        run.average.module.load_state_dict(checkpoint["ema"])
-        run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # only whether it is 0 matters
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.schedule.load_state_dict(checkpoint["schedule"])
-    if checkpoint["scaler"]:
-        run.precision.scaler.load_state_dict(checkpoint["scaler"])
-    run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
-    for name, value in checkpoint["sums"].items():
-        name = "images" if name == "pictures" else name  # as older versions called it
-        run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
-    run.sums["step"] = checkpoint["step"]
+    with read_from_outside(f"--resume {run.folder}: the checkpoint does not fit the run"):
+        run.model.load_state_dict(checkpoint["weights"])
+        if run.average:
+            run.average.module.load_state_dict(checkpoint["ema"])
+            run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # only whether it is 0 matters
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.schedule.load_state_dict(checkpoint["schedule"])
+        if checkpoint["scaler"]:
+            run.precision.scaler.load_state_dict(checkpoint["scaler"])
+        run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
+        for name, value in checkpoint["sums"].items():
+            name = "images" if name == "pictures" else name  # as older versions called it
+            run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
+        run.sums["step"] = checkpoint["step"]

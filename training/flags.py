@@ -1,7 +1,9 @@
 """The flags that all training scripts share, the types of their values, and the parser that explains them."""
 
 import argparse
+import difflib
 import math
+import re
 
 from errors import UserError
 
@@ -51,7 +53,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
+
+    def check_values(self, values):
+        """Raises UserError for a value, by its name, that the command line would not have taken."""
+        for action in self._actions:
+            value, many = values.get(action.dest), action.nargs is not None
+            if action.nargs == 0 or (value is None and (many or action.default is None)):
+                continue
+            parts, kinds = value if isinstance(value, list) else [value], (int, float, str) if action.type else str
+            try:
+                if isinstance(value, list) != many or not all(isinstance(part, kinds) for part in parts):
+                    raise argparse.ArgumentError(action, f"invalid value: {value!r}")
+                for part in parts:
+                    self._check_value(action, self._get_value(action, str(part)))
+            except argparse.ArgumentError as error:
+                self.error(str(error))
 
 
 class TrainingParser(Parser):

@@ -2,23 +2,38 @@ import io
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from errors import UserError
 from files import write_atomically
-from training.checkpoint import FORMAT_VERSION, load_checkpoint, open_checkpoint, save_checkpoint
+from models import build_model
+from training.checkpoint import FIELDS, FORMAT_VERSION, load_checkpoint, open_checkpoint, rebuild_model, save_checkpoint
+from training.outputs import COLUMNS
 
 
 def small_checkpoint(epoch=1):
-    row = {"epoch": epoch, "val_accuracy": None, "test_accuracy": 0.25}
+    row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "test_accuracy": 0.25}
     return {
         "format_version": FORMAT_VERSION,
         "model": "vit",
+        "model_args": {},
+        "classes": ["cat", "dog"],
+        "image_size": 8,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "weights": {"w": torch.arange(100_000.0)},
+        "ema": None,
+        "optimizer": {},
+        "schedule": {},
+        "scaler": {},
+        "seed": 0,
         "epoch": epoch,
         "step": 3,
+        "sums": {"loss": torch.zeros(()), "images": 5},
         "history": [row],
-        "weights": {"w": torch.arange(100_000.0)},
+        "args": {"dataset": "shapes", "data_dir": "datasets"},
     }
 
 
@@ -128,3 +143,71 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_nothing_else
         save_checkpoint(path, small_checkpoint(2))
     assert str(caught.value) == f"{path} cannot be written (No space left on device)"
     assert os.listdir(tmp_path) == ["last.pt"] and open_checkpoint(path)["epoch"] == 1
+
+
+def flipped(path, rng, count):
+    """The bytes of a file with one bit flipped: `count` bits anywhere, and one in every fourth byte of the zip's directory."""
+    data = path.read_bytes()
+    for place in [*rng.integers(0, len(data), count), *range(data.index(b"PK\x01\x02"), len(data), 4)]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << rng.integers(8)
+        yield damaged
+
+
+def same_contents(a, b):
+    weights = [checkpoint.pop("weights")["w"] for checkpoint in (a, b)]
+    return torch.equal(*weights) and a == b
+
+
+def test_a_flipped_bit_anywhere_is_found_or_without_effect(tmp_path):
+    """Of an older file, which has no digest, too: whatever is raised is one line, and last.prev.pt is opened."""
+    small = small_checkpoint() | {"weights": {"w": torch.arange(100.0)}, "sums": {}}
+    save_checkpoint(tmp_path / "last.pt", small)
+    refused = []
+    for damaged in flipped(tmp_path / "last.pt", np.random.default_rng(0), 200):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        try:
+            assert same_contents(open_checkpoint(tmp_path / "last.pt"), dict(small))
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 300 and all("last.pt is damaged" in line and "\n" not in line for line in refused)
+
+    torch.save(small, tmp_path / "older.pt")
+    save_checkpoint(tmp_path / "last.prev.pt", small | {"epoch": 0})
+    assert same_contents(open_checkpoint(tmp_path / "older.pt"), dict(small))
+    for damaged in flipped(tmp_path / "older.pt", np.random.default_rng(1), 200):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert load_checkpoint(tmp_path)["epoch"] in (0, 1)
+
+
+ODD = [None, 5, -1, "x", [], {}, [None], {"a": None}, {1: 2}, torch.zeros(2, 2), float("nan")]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_is_missing_or_odd_is_one_line(tmp_path, name):
+    path, good = tmp_path / "epoch-1.pt", small_checkpoint()
+    for odd in [*ODD, ...]:
+        save_checkpoint(path, good | {name: odd} if odd is not ... else {k: v for k, v in good.items() if k != name})
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path} is no checkpoint of this project, or") and "\n" not in str(error)
+        else:  # a value of the right type: which of these is never what the others are taken for
+            assert type(checkpoint[name]) is type(good[name]) or name == "ema"
+
+
+def test_what_was_saved_under_the_wrong_name_does_not_fit_its_model(tmp_path):
+    odd = [{"model": "vit"}, {"model_args": {"depth": "x"}}, {"model_args": {"colour": 1}}, {"model": "no such"}]
+    for change in odd:
+        with pytest.raises(
+            UserError, match="unknown model 'no such'|do not fit its model and model_args [(]"
+        ) as caught:
+            rebuild_model(small_checkpoint() | change, build_model)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_where_both_are_damaged_both_are_named(tmp_path):
+    for name in ("last.pt", "last.prev.pt"):
+        (tmp_path / name).write_text("nothing")
+    with pytest.raises(UserError, match="last.pt is damaged or no checkpoint.*; .*last.prev.pt is damaged"):
+        load_checkpoint(tmp_path)
