@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from data import DATASETS, count_classes, dataset_of, describe
-from errors import UserError, run_script
+from errors import run_script
 from models import build_model
 from models.attention import ATTENTIONS
 from models.cct import COMPACT_MODELS
@@ -26,7 +26,7 @@ from pipeline.batches import evaluation_batches, training_batches
 from pipeline.policies import POLICIES
 from seeding import seed_for
 from training.arguments import start_run
-from training.checkpoint import open_weights
+from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import fraction, make_parser
 from training.interrupt import StopRequests, Watch
@@ -82,7 +82,7 @@ def cct_parser():
     parser = make_parser("train_cct.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
-    add("--init-from", metavar="FILE", help="start from the authors' released weights, a state dict")
+    add("--init-from", metavar="RUN", help="start from a run's weights, or a file of the authors' released ones")
     add("--attention", choices=ATTENTIONS, metavar="NAME", help=f"what mixes the tokens: {', '.join(ATTENTIONS)}")
     add("--positional-embedding", choices=("learnable", "sine", "none"), help="how a token knows its place")
     add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")
@@ -99,12 +99,13 @@ def chosen_recipe(given):
     return name, RECIPES[name] | (LIGHT if short else {})
 
 
-def start_from_published(model, args):
-    """Load the authors' released weights. Raises UserError if they do not fit the model."""
-    if args.model not in COMPACT_MODELS:
-        raise UserError(f"--init-from: there are no published weights of {args.model}")
-    left = load_published(model, open_weights(args.init_from))
-    print(f"weights of {args.init_from}; left out: {', '.join(left) or 'nothing'}")
+def start_from(model, args, checkpoint):
+    """Load the weights of --init-from, unless the run is resumed; returns (mean, std) of a run's images, if they are
+    a run's. Raises UserError if they do not fit the model.
+    """
+    if checkpoint:
+        return checkpoint["mean"], checkpoint["std"]
+    return start_from_weights(args.init_from, partial(load_published, model))
 
 
 def main(argv=None):
@@ -121,14 +122,15 @@ def main(argv=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "tokens")
-    if args.init_from and not checkpoint:
-        start_from_published(model, args)
+    statistics = start_from(model, args, checkpoint) if args.init_from else None
     if args.summary:
         return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args)
     print(describe(dataset))
+    if statistics:
+        dataset = dataset.normalised_by(*statistics)
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}

@@ -33,6 +33,7 @@ from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
 from seeding import seed_for
 from training.arguments import start_run
+from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import at_least, fraction, make_parser
 from training.interrupt import StopRequests, Watch
@@ -128,6 +129,7 @@ def vit_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_FLAGS, help="vit_b_16 is torchvision's, at 224 pixels")
     add("--pretrained", action="store_true", help="start vit_b_16 from its ImageNet weights")
+    add("--init-from", metavar="RUN", help="start from a run's weights")
     add("--patch-size", type=at_least(1), metavar="PIXELS", help="smaller patches: more tokens, slower, often better")
     add("--pad", action="store_true", help="add zeros to images that the patch size does not divide")
     add("--embed-dim", type=at_least(1), metavar="N", help="width of a token")
@@ -151,15 +153,24 @@ def chosen_recipe(given):
     return name, RECIPES[name] | changes
 
 
-def start_from_imagenet(model, args, checkpoint):
-    """Load ImageNet weights, unless the run is resumed; returns (mean, std) of the images that they expect."""
-    from models.pretrained import imagenet_statistics, load_imagenet_weights  # like the model: only if it is asked for
+def start_from(model, args, checkpoint):
+    """Load the weights of --pretrained or --init-from, unless the run is resumed.
 
-    if args.model != "vit_b_16":
+    Returns (mean, std) of the images that they were trained on; None if they are a state dict.
+    """
+    from models.pretrained import imagenet_statistics, load_imagenet_weights, load_published  # only if it is asked for
+
+    if args.pretrained and args.init_from:
+        raise UserError("--init-from and --pretrained exclude each other")
+    if args.pretrained and args.model != "vit_b_16":
         raise UserError(f"--pretrained: there are no weights for {args.model}, only for vit_b_16")
-    warn_of_seen_images(args.dataset)
-    if not checkpoint:
-        load_imagenet_weights(model)
+    if args.pretrained:
+        warn_of_seen_images(args.dataset)
+    if checkpoint:
+        return checkpoint["mean"], checkpoint["std"]
+    if args.init_from:
+        return start_from_weights(args.init_from, partial(load_published, model))
+    load_imagenet_weights(model)
     return imagenet_statistics()
 
 
@@ -177,7 +188,7 @@ def main(argv=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "patches")
-    statistics = start_from_imagenet(model, args, checkpoint) if args.pretrained else None
+    statistics = start_from(model, args, checkpoint) if args.pretrained or args.init_from else None
     if args.summary:
         return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 

@@ -1,6 +1,8 @@
 """torchvision's ViT-B/16 for fine-tuning on small images, and weights that others have published."""
 
+import pickle
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,13 @@ def imagenet_statistics():
 
 def download_weights(weights):
     """The state dict of torchvision's `weights`, from torch's cache or downloaded. Raises UserError if that fails."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         return weights.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-        folder = f"{torch.hub.get_dir()}/checkpoints"
+    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        cached = folder / weights.url.rpartition("/")[2]
+        if cached.exists():  # it was not downloaded now, and its hash was not looked at
+            raise UserError(f"--pretrained: {cached} is damaged: delete it, and it is downloaded again") from error
         raise UserError(f"--pretrained: {weights.url} cannot be downloaded ({error}): put it into {folder}") from error
 
 
@@ -68,20 +73,21 @@ PUBLISHED_NAMES = {
 
 
 def load_published(model, weights):
-    """Put the authors' released weights, a state dict, into a CompactTransformer. Returns the names left out.
+    """Put a state dict of the same model, or the authors' released weights, into a model. Returns the names left out.
 
     A learnable positional embedding of a square image is interpolated bilinearly to the model's grid; a head for
     another number of classes is left out. Raises UserError if other weights do not fit (see check_shapes).
     """
     for pattern, name in PUBLISHED_NAMES.items():
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
-    if isinstance(model.tokenizer, nn.Conv2d):
+    if isinstance(getattr(model, "tokenizer", None), nn.Conv2d):
         weights = {key.replace("tokenizer.0.", "tokenizer."): value for key, value in weights.items()}
     own = model.state_dict()
     if "pos_embed" in weights and "pos_embed" in own:
         class_tokens = int(model.cls_token is not None)
         weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid, class_tokens)
-    left_out = [key for key in ("head.weight", "head.bias") if key in weights and weights[key].shape != own[key].shape]
+    heads = [key for key in weights if key in own and key.endswith(("head.weight", "head.bias"))]
+    left_out = [key for key in heads if weights[key].shape != own[key].shape]
     weights |= {key: own[key] for key in left_out}
     check_shapes(weights, own, sorted(own.keys() | weights.keys()), flag="--init-from")
     model.load_state_dict(weights)

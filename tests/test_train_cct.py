@@ -79,9 +79,25 @@ def test_weights_of_the_authors_are_taken(cct_flags, tmp_path, capsys):
     expected = torch.load(path, weights_only=True)["classifier.blocks.1.linear1.weight"]
     torch.testing.assert_close(weights["blocks.1.mlp.0.weight"], expected)
     path.write_bytes(b"no weights")
-    for file in (path, tmp_path / "missing.pth"):
-        with pytest.raises(UserError, match=f"--init-from {file}: cannot be read as weights"):
-            train_cct.main([*cct_flags, "--init-from", str(file)])
+    with pytest.raises(UserError, match=f"--init-from {path}: it is neither a checkpoint nor a file of weights"):
+        train_cct.main([*cct_flags, "--init-from", str(path)])
+    with pytest.raises(UserError, match="there is no checkpoint .*missing.pth"):
+        train_cct.main([*cct_flags, "--init-from", str(tmp_path / "missing.pth")])
+
+
+@pytest.mark.parametrize("model", ["cct_2_3x2", "cct_nano"])
+def test_a_run_starts_from_the_weights_of_another(model, cct_flags, tmp_path, capsys):
+    train_cct.main([*cct_flags, "--model", model, "--run-name", "first", "--epochs", "1"])
+    for start in (tmp_path / "runs" / "first", tmp_path / "runs" / "first" / "best_on_test.pt"):
+        flags = [*cct_flags, "--model", model, "--run-name", "then", "--overwrite", "--epochs", "1", "--lr", "1e-12"]
+        train_cct.main([*flags, "--init-from", str(start)])
+        assert f"weights of {start}; left out: nothing" in capsys.readouterr().out
+        first, then = (torch.load(tmp_path / "runs" / name / "last.pt")["weights"] for name in ("first", "then"))
+        assert all(
+            torch.allclose(first[name], then[name])
+            for name in first
+            if "num_batches" not in name and "running" not in name
+        )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +113,7 @@ def test_weights_of_the_authors_are_taken(cct_flags, tmp_path, capsys):
             ["--model", "cct_nano", "--positional-embedding", "sine"],
             "--positional-embedding: cct_nano does not take it",
         ),
-        (["--model", "cct_nano", "--init-from", "x.pth"], "there are no published weights of cct_nano"),
+        (["--init-from", "nowhere"], "there is no checkpoint nowhere"),
         (["--image-size", "4"], "--image-size 4 is too small"),
         (["--model", "vit_lite_6_4", "--image-size", "18"], "--image-size 18: must be a multiple of 4"),
     ],

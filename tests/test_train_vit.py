@@ -264,7 +264,7 @@ BAD_FLAGS = {
     "--dataset folder needs --data-dir": ["--dataset", "folder"],
     "nowhere: there is no such folder": ["--dataset", "folder", "--data-dir", "nowhere"],
     "--device abacus": ["--device", "abacus"],
-    "--resume nowhere: there is no last.pt in it": ["--resume", "nowhere"],
+    "--resume nowhere: that is no run's folder, and no last.pt": ["--resume", "nowhere"],
     "--overwrite and --resume exclude each other": ["--resume", "auto", "--overwrite"],
     "--resume there writes to that folder: leave out --run-name": ["--resume", "there", "--run-name", "mine"],
 }
@@ -316,6 +316,43 @@ def test_resuming_another_run_names_what_differs(folder_flags, tmp_path, monkeyp
     with pytest.raises(UserError, match="the training images are not those of the run to resume"):
         train_vit.main(["--resume", str(run)])
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_what_can_be_resumed_and_what_starts_anew(folder_flags, tmp_path, monkeypatch, capsys):
+    """last.pt stands for its folder; a name is looked for where runs are written; more epochs are a new run."""
+    monkeypatch.chdir(tmp_path)
+    flags = [flag if flag != str(tmp_path / "runs") else "checkpoints" for flag in folder_flags]
+    assert train_vit.main([*flags, "--minutes", "0.000001"]) is None
+    for wrong in ("vit", "elsewhere/vit"):
+        with pytest.raises(UserError, match=f"--resume {wrong}: that is no run's .*; use --resume checkpoints/vit$"):
+            train_vit.main(["--resume", wrong])
+    with pytest.raises(UserError, match="--resume .*log.csv: that is no run's folder, and no last.pt$"):
+        train_vit.main(["--resume", "checkpoints/vit/log.csv"])
+    assert train_vit.main(["--resume", "checkpoints/vit/last.pt"])["epochs"] == 2
+    with pytest.raises(UserError, match="--epochs is 2 there and 3 here; .* a new run: --init-from checkpoints/vit$"):
+        train_vit.main(["--resume", "checkpoints/vit", "--epochs", "3"])
+    last = torch.load("checkpoints/vit/last.pt")
+    more = [*flags, "--lr", "1e-12", "--epochs", "1", "--init-from"]
+    for number, start in enumerate(["checkpoints/vit", "checkpoints/vit/last.pt"], 2):
+        assert train_vit.main([*more, start])
+        assert "left out: nothing" in capsys.readouterr().out
+        new = torch.load(f"checkpoints/vit-{number}/last.pt")
+        assert new["mean"] == last["mean"]
+        assert all(torch.allclose(new["weights"][name], last["weights"][name]) for name in last["weights"])
+    shutil.rmtree(tmp_path / "pets" / "cat")
+    assert train_vit.main([*more, "checkpoints/vit", "--minutes", "0.000001"]) is None
+    assert "left out: head.weight, head.bias" in capsys.readouterr().out
+    shutil.rmtree("checkpoints/vit")
+    assert train_vit.main(["--resume", "checkpoints/vit-4"])["init_from"] == "vit"
+    assert torch.load("checkpoints/vit-4/last.pt")["mean"] == last["mean"]
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html><title>Not found</title>", "a text", "", "PK\x03\x04 no zip"])
+def test_init_from_a_file_that_holds_no_weights(text, folder_flags, tmp_path):
+    (tmp_path / "page.pt").write_text(text)
+    with pytest.raises(UserError, match="--init-from .*page.pt: it is neither a checkpoint nor a file of weights") as e:
+        train_vit.main([*folder_flags, "--init-from", str(tmp_path / "page.pt")])
+    assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
 
 
 def test_a_damaged_checkpoint_goes_on_from_the_one_before(folder_flags, tmp_path, monkeypatch, capsys):
@@ -382,7 +419,7 @@ def test_help_is_one_screen_with_the_defaults_of_the_recipe(script, capsys, monk
     script.main(["--help"])
     text = capsys.readouterr().out
     flags = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M)) - {"--help", "--help-all"}
-    assert 10 < len(flags) <= 25 and len(text.splitlines()) <= 60
+    assert 10 < len(flags) <= 26 and len(text.splitlines()) <= 60
     assert "--weight-decay" not in text and "more flags: --help-all" in text
     script.main(["--help", "--dataset", "shapes", "--lr", "0.5"])
     shapes = capsys.readouterr().out

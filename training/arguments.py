@@ -139,5 +139,8 @@ def resumed_arguments(parser, given, checkpoint, folder):
         if flag_kind(name) == "run" and saved[name] != value
     ]
     if different:
-        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
+        longer = (
+            f"; to train its weights for longer, start a new run: --init-from {folder}" if "epochs" in given else ""
+        )
+        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}{longer}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})

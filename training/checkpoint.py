@@ -1,13 +1,7 @@
 """Checkpoints: written in one piece, opened without running code, resumed exactly."""
 
-import contextlib
-import hashlib
-import os
-import pickle
 import sys
-import zipfile
 from pathlib import Path
-from textwrap import shorten
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -15,6 +9,7 @@ import torch
 
 from errors import UserError
 from files import write_atomically
+from training.archives import read_archive, read_from_outside, write_archive
 from training.outputs import COLUMNS
 
 FORMAT_VERSION = 1
@@ -93,61 +88,11 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda file: write_archive(file, checkpoint), previous=previous)
 
 
-DIGEST_SIZE = 32  # bytes
-
-
-def digest_of(file, size):
-    """The digest of the first `size` bytes of an open file."""
-    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
-    file.seek(0)
-    for start in range(0, size, 2**20):
-        digest.update(file.read(min(2**20, size - start)))
-    return digest.digest()
-
-
-def write_archive(file, checkpoint):
-    """torch.save, and after it a digest of the whole file: the comment that a zip archive may end in."""
-    torch.save(checkpoint, file)
-    file.seek(-2, os.SEEK_END)
-    file.write(DIGEST_SIZE.to_bytes(2, "little"))  # the length of the comment
-    file.write(digest_of(file, file.tell()))
-
-
-def check_archive(path):
-    """Raises UserError if the digest of a file is wrong; without one, as of older files, if a zip checksum is.
-
-    torch.load checks neither, and flipped bits in a zip's directory escape its checksums.
-    """
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        if archive.comment:
-            damaged = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) != archive.comment and "the whole file"
-        else:
-            damaged = archive.testzip()
-    if damaged:
-        raise UserError(f"{path} is damaged (checksum of {damaged})")
-
-
-@contextlib.contextmanager
-def read_from_outside(what_is_wrong):
-    """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
-        raise UserError(f"{what_is_wrong} (it holds more than tensors and plain types)") from error
-    except Exception as error:
-        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
-        raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
-
-
 def open_checkpoint(path, device="cpu"):
     """The checkpoint in a file. Raises UserError if it is damaged or none, or more than tensors and plain types."""
     if not Path(path).exists():
         raise UserError(f"there is no checkpoint {path}")
-    with read_from_outside(f"{path} is damaged or no checkpoint"):
-        check_archive(path)
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = read_archive(path, f"{path} is damaged or no checkpoint", device)
     for name, (kind, *conditions) in FIELDS.items():
         value = checkpoint.get(name, ...) if isinstance(checkpoint, dict) else ...
         if not is_of_kind(value, kind) or not all(holds(value) for holds in conditions):
@@ -156,25 +101,20 @@ def open_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def open_weights(path, device="cpu"):
-    """(weights, (mean, std) of the images) of a run's folder, of a checkpoint, or of a file that another program saved.
+def start_from_weights(path, load):
+    """Give load(weights) those of --init-from: of a run's folder, of a checkpoint, or a state dict of another program.
 
-    Such a file is a state dict, and has None in place of (mean, std). Raises UserError for anything else.
+    load returns the names that it left out; they are printed. Returns (mean, std) of the run's images, None for a state
+    dict. Raises UserError if the file is neither.
     """
-    path = Path(path)
+    path, found, statistics = Path(path), None, None
     if path.is_file() and path.name != "last.pt":
-        with read_from_outside(f"--init-from {path}: it is neither a checkpoint nor a file of weights"):
-            if zipfile.is_zipfile(path):
-                check_archive(path)
-            found = torch.load(path, map_location=device, weights_only=True)
-        if is_of_kind(found, dict[str, torch.Tensor]):
-            return found, None
-        if "format_version" not in found:
-            raise UserError(
-                f"--init-from {path}: it holds neither a checkpoint nor a state dict (a tensor for each name)"
-            )
-    checkpoint = load_checkpoint(path, device=device)
-    return evaluated_weights(checkpoint), (checkpoint["mean"], checkpoint["std"])
+        found = read_archive(path, f"--init-from {path}: it is neither a checkpoint nor a file of weights")
+    if not is_of_kind(found, dict[str, torch.Tensor]):
+        checkpoint = load_checkpoint(path)
+        found, statistics = evaluated_weights(checkpoint), (checkpoint["mean"], checkpoint["std"])
+    print(f"weights of {path}; left out: {', '.join(load(found)) or 'nothing'}")
+    return statistics
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
@@ -208,6 +148,20 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         f"{path}: {checkpoint['model']}, epoch {checkpoint['epoch']}, step {checkpoint['step']}", *accuracies, sep=", "
     )
     return checkpoint
+
+
+def has_checkpoint(folder):
+    return (folder / "last.pt").exists() or (folder / "last.prev.pt").exists()
+
+
+def folder_to_resume(path, out_dir):
+    """The folder of the run that --resume names, by its folder or its last.pt. Raises UserError if there is none."""
+    folder = path.parent if path.name == "last.pt" else path
+    if has_checkpoint(folder):
+        return folder
+    reason = "there is no last.pt in it" if path.is_dir() else "that is no run's folder, and no last.pt"
+    there = Path(out_dir) / path.name
+    raise UserError(f"--resume {path}: {reason}" + (f"; use --resume {there}" if has_checkpoint(there) else ""))
 
 
 def evaluated_weights(checkpoint):

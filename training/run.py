@@ -13,6 +13,8 @@ from files import make_folder
 from training.checkpoint import (
     check_same_images,
     evaluated_weights,
+    folder_to_resume,
+    has_checkpoint,
     make_checkpoint,
     open_checkpoint,
     restore_training,
@@ -47,12 +49,9 @@ def choose_folder(given, *, default_name, default_dir):
     if resume and given.get("overwrite"):
         raise UserError("--overwrite and --resume exclude each other")
     if resume and resume != "auto":
-        folder = Path(resume)
         if "run_name" in given or "out_dir" in given:
-            raise UserError(f"--resume {folder} writes to that folder: leave out --run-name and --out-dir")
-        if not has_checkpoint(folder):
-            raise UserError(f"--resume {folder}: there is no last.pt in it")
-        return folder, True
+            raise UserError(f"--resume {resume} writes to that folder: leave out --run-name and --out-dir")
+        return folder_to_resume(Path(resume), default_dir), True
     out_dir = Path(given.get("out_dir", default_dir))
     folder = out_dir / given.get("run_name", default_name)
     if resume:
@@ -67,10 +66,6 @@ def choose_folder(given, *, default_name, default_dir):
             folder = out_dir / f"{default_name}-{next(numbers)}"
         print(f"{out_dir / default_name} exists: this run is written to {folder}")
     return folder, False
-
-
-def has_checkpoint(folder):
-    return (folder / "last.pt").exists() or (folder / "last.prev.pt").exists()
 
 
 def is_taken(folder):

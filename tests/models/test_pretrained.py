@@ -105,3 +105,16 @@ def test_folders_are_read_at_the_size_of_the_model():
     ]
     assert sizes == [224, 224, None, None]
     assert train_vit.chosen_recipe({"dataset": "folder", "model": "vit_b_16"})[1]["image_size"] == 224
+
+
+def test_a_damaged_file_in_torchs_cache_is_named(finetune_flags, small_vit_b_16):
+    for text in ("<!DOCTYPE html>", "PK\x03\x04"):
+        small_vit_b_16.write_text(text)
+        with pytest.raises(UserError, match=f"--pretrained: {small_vit_b_16} is damaged: delete it") as caught:
+            train_vit.main(finetune_flags)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_starts_from_one_place(finetune_flags):
+    with pytest.raises(UserError, match="--init-from and --pretrained exclude each other"):
+        train_vit.main([*finetune_flags, "--init-from", "somewhere"])

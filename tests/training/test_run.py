@@ -56,7 +56,7 @@ def test_runs_are_numbered_until_a_name_is_free(tmp_path):
     assert choose(tmp_path, out_dir=str(tmp_path / "mounted"), run_name="a") == (tmp_path / "mounted" / "a", False)
     with pytest.raises(UserError, match="--run-name vit: .* exists; use --resume .*, or --overwrite"):
         choose(tmp_path, run_name="vit")
-    with pytest.raises(UserError, match="--resume .*nothing: there is no last.pt"):
+    with pytest.raises(UserError, match="--resume .*nothing: that is no run.s folder, and no last.pt"):
         choose(tmp_path, resume=str(tmp_path / "nothing"))
 
 

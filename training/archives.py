@@ -1,0 +1,70 @@
+"""Files of torch.save: written with a digest, opened without running code, and whatever is wrong with them one line."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import zipfile
+from textwrap import shorten
+
+import torch
+
+from errors import UserError
+
+DIGEST_SIZE = 32  # bytes
+
+
+def digest_of(file, size):
+    """The digest of the first `size` bytes of an open file."""
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    file.seek(0)
+    for start in range(0, size, 2**20):
+        digest.update(file.read(min(2**20, size - start)))
+    return digest.digest()
+
+
+def write_archive(file, checkpoint):
+    """torch.save, and after it a digest of the whole file: the comment that a zip archive may end in."""
+    torch.save(checkpoint, file)
+    file.seek(-2, os.SEEK_END)
+    file.write(DIGEST_SIZE.to_bytes(2, "little"))  # the length of the comment
+    file.write(digest_of(file, file.tell()))
+
+
+def check_archive(path):
+    """Raises UserError if the digest of a file is wrong; without one, as of older files, if a zip checksum is.
+
+    torch.load checks neither, and flipped bits in a zip's directory escape its checksums.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        if archive.comment:
+            damaged = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) != archive.comment and "the whole file"
+        else:
+            damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged (checksum of {damaged})")
+
+
+@contextlib.contextmanager
+def read_from_outside(what_is_wrong):
+    """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
+        raise UserError(f"{what_is_wrong} (not of torch.save, or more than tensors and plain types)") from error
+    except Exception as error:
+        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
+
+
+def read_archive(path, what_is_wrong, device="cpu"):
+    """What torch.save wrote to a file, of tensors and plain types. Raises UserError if it is damaged or another file.
+
+    torch's files from before 2020 are no zip archives: there is nothing to check in them.
+    """
+    with read_from_outside(what_is_wrong):
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        return torch.load(path, map_location=device, weights_only=True)
