@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 
-from errors import UserError, run_script
+from errors import UserError, command_line, run_script
 from experiments.dry import dry_run
 from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
@@ -115,7 +115,7 @@ def main(argv=None):
             print(f"{plan.title} ({plan.name})\n{state_table(plan, found, args)}\n")
         return
     jobs = missing_jobs(plans, found, args)
-    again = shlex.join(["python", "campaign.py", *(sys.argv[1:] if argv is None else argv)])
+    again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
     failed = do_jobs(jobs, found, args, again, deadline=began + 60 * args.minutes if args.minutes else math.inf)
     for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")

@@ -1,10 +1,26 @@
 """What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars."""
 
+import os
 import sys
 
 
 class UserError(ValueError):
     """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
+
+    def _render_traceback_(self):
+        """What IPython shows in a notebook: the line alone."""
+        return [f"error: {self}"]
+
+
+def command_line():
+    """The arguments of this process; none in a notebook, where they are the kernel's own."""
+    from_kernel = "ipykernel" in sys.modules and any("kernel" in part for part in sys.argv[0].split(os.sep)[-2:])
+    return [] if from_kernel else sys.argv[1:]
+
+
+def is_memory_error(error):
+    """Whether an exception says that the memory of a GPU (torch.OutOfMemoryError) or of the host is used up."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
 
 
 def bar_disabled():
@@ -15,12 +31,23 @@ def bar_disabled():
 def run_script(main):
     """Call main() as a script: a UserError becomes `error: ...` on stderr and exit code 2; a bug keeps its traceback.
 
-    Ctrl-C exits with 130; a KeyboardInterrupt that carries an `exit_code` (SIGTERM: 143) exits with that.
+    Ctrl-C exits with 130; a KeyboardInterrupt that carries an `exit_code` (SIGTERM: 143) exits with that. Memory that
+    is used up is one line, too. Where nobody reads the output any more (`| head`), the script ends without a word.
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         sys.exit(getattr(interrupt, "exit_code", 130))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+        sys.exit(141)
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        print(f"error: the memory is used up: a smaller model, image or batch takes less ({reason})", file=sys.stderr)
+        sys.exit(2)

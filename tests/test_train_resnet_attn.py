@@ -70,6 +70,14 @@ def test_without_freeze_the_trunk_goes_on_learning_and_a_cut_run_goes_on(resnet_
     assert not torch.equal(weights_of(trunk)["conv1.weight"], weights_of(tmp_path / "runs" / "trained")["conv1.weight"])
 
 
+def test_a_last_batch_of_one_image_on_a_map_of_one_position(resnet_flags, tmp_path):
+    """60 images, 12 of them the test set: 48 to train on, and a last batch of one."""
+    flags = [*resnet_flags, "--stem", "imagenet", "--batch-size", "47"]
+    with pytest.raises(UserError, match="--batch-size 47: BatchNorm .* one image .*; use --drop-last or another"):
+        train_resnet_attn.main(flags)
+    assert train_resnet_attn.main([*flags, "--drop-last", "--overwrite"])["epochs"] == 1
+
+
 def test_images_are_normalised_as_the_trunk_knows_them(resnet_flags, tmp_path):
     train_resnet_attn.main(resnet_flags)
     trunk = tmp_path / "runs" / "resnet18"

@@ -114,6 +114,22 @@ def stop_after(monkeypatch, steps, action):
     monkeypatch.setattr(Watch, "__call__", call)
 
 
+def test_a_closed_terminal_saves_but_nohup_goes_on(folder_flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        train_vit.main(folder_flags)
+    assert stopped.value.exit_code == 129 and torch.load(tmp_path / "runs/vit/last.pt")["step"] == 2
+    captured = capsys.readouterr()
+    assert "stopped after 0 epochs and 2 steps; to resume" in captured.out
+    assert captured.err.strip() == "stopping after this step; once more: at once"
+    monkeypatch.setattr(signal, "SIGHUP", signal.SIGUSR1)  # to be ignored without harm to pytest's own handler
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        assert train_vit.main(["--resume", str(tmp_path / "runs/vit")])["epochs"] == 2
+    signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 6, 9, 12])
 @pytest.mark.parametrize("sched", ["multistep", "cosine"])
 def test_stopped_anywhere_and_resumed_it_is_the_same_run(folder_flags, tmp_path, monkeypatch, steps, sched):
@@ -147,7 +163,7 @@ def test_resume_auto_starts_goes_on_and_knows_when_it_is_done(folder_flags, tmp_
 def test_minutes_stop_it_without_an_error(folder_flags, capsys):
     assert train_vit.main([*folder_flags, "--minutes", "0.000001"]) is None
     out = capsys.readouterr().out
-    assert "stopped in epoch 1 after step 1; to resume: python train_vit.py --resume" in out
+    assert "stopped after 0 epochs and 1 step; to resume: python train_vit.py --resume" in out
     run = out.split("--resume ")[1].strip()
     assert train_vit.main(["--resume", run])["epochs"] == 2  # the limit was that of one start
 
@@ -381,6 +397,13 @@ def test_a_name_that_is_taken_and_a_folder_that_cannot_be_written(folder_flags, 
         train_vit.main([*folder_flags, "--out-dir", str(tmp_path / "pets/ant/000.png")])
 
 
+def test_a_misspelt_flag_is_answered_with_the_one_that_was_meant():
+    for flag, meant in (("--epoch", "--epochs"), ("--qqq=3", None), ("--embed-dims=3", "--embed-dim")):
+        with pytest.raises(UserError) as caught:
+            train_vit.main([flag, "5"])
+        assert str(caught.value).endswith(f"; did you mean {meant}?") if meant else "mean" not in str(caught.value)
+
+
 def test_summary_trains_nothing(tmp_path, capsys):
     assert train_vit.main(["--summary", "--dataset", "cifar100", "--out-dir", str(tmp_path)]) is None
     assert "3,218,276" in capsys.readouterr().out and list(tmp_path.iterdir()) == [tmp_path / "schedule.png"]
@@ -397,7 +420,7 @@ def test_the_minutes_count_from_the_start_of_the_script(folder_flags, monkeypatc
     load = train_vit.dataset_of
     monkeypatch.setattr(train_vit, "dataset_of", lambda args: time.sleep(1.5) or load(args))
     assert train_vit.main([*folder_flags, "--epochs", "1000", "--minutes", "0.025"]) is None
-    assert "stopped in epoch 1 after step 1;" in capsys.readouterr().out
+    assert "stopped after 0 epochs and 1 step;" in capsys.readouterr().out
 
 
 def test_summary_of_torchvisions_vit_counts_its_attention(tmp_path, capsys):

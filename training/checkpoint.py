@@ -10,7 +10,7 @@ import torch
 from errors import UserError
 from files import write_atomically
 from training.archives import read_archive, read_from_outside, write_archive
-from training.outputs import COLUMNS
+from training.outputs import COLUMNS, counted
 
 FORMAT_VERSION = 1
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
@@ -117,6 +117,11 @@ def start_from_weights(path, load):
     return statistics
 
 
+def position(epoch, step):
+    """How far a run has come: its finished epochs, and the steps of the one in progress."""
+    return counted(epoch, "epoch") + (f" and {counted(step, 'step')}" if step else "")
+
+
 def load_checkpoint(path, *, which="last", device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
@@ -145,7 +150,9 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         if history and history[-1].get(key)
     ]
     print(
-        f"{path}: {checkpoint['model']}, epoch {checkpoint['epoch']}, step {checkpoint['step']}", *accuracies, sep=", "
+        f"{path}: {checkpoint['model']} after {position(checkpoint['epoch'], checkpoint['step'])}",
+        *accuracies,
+        sep=", ",
     )
     return checkpoint
 

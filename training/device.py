@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, is_memory_error
 
 
 def pick_device(name=None):
@@ -180,19 +180,21 @@ def compiled_forward(model, args, *, device, num_images):
     return forward
 
 
-def is_memory_error(error):
-    """Whether an exception says that the memory of a GPU or of the host is used up."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 @contextlib.contextmanager
 def memory_watched(run):
-    """A context in which running out of memory is a UserError (see memory_error)."""
+    """A context in which running out of memory is a UserError (see memory_error), and so is a batch of one image for
+    BatchNorm on maps of 1 x 1.
+    """
     try:
         yield
     except Exception as error:
         if is_memory_error(error):
             raise memory_error(error, run) from error
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"--batch-size {run.args.batch_size}: BatchNorm cannot learn from a last batch of one image on a map"
+                " of 1 x 1; use --drop-last or another --batch-size"
+            ) from error
         raise
 
 
@@ -208,7 +210,9 @@ def memory_error(error, run):
             if size := largest_batch(run):
                 fits = f"; {size} should fit"
     kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
-    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{kept}")
+    patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"
+    fewer = "; a larger --patch-size takes less, too" if patches else ""
+    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{fewer}{kept}")
 
 
 def largest_batch(run):

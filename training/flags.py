@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 
-from errors import UserError
+from errors import UserError, command_line
 
 # what --help shows; --help-all shows every flag
 ESSENTIAL = {
@@ -51,6 +51,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description=None, **options):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        return super().parse_args(command_line() if args is None else args, namespace)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)

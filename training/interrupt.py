@@ -1,5 +1,6 @@
 """What happens between two steps: the progress bar, saving by the clock, stopping when asked to, and profiling."""
 
+import contextlib
 import signal
 import sys
 import threading
@@ -22,10 +23,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Ctrl-C, SIGTERM and a limit in minutes, as a context manager: `wanted()` tells whether to stop after this step.
+    """Ctrl-C, SIGTERM, SIGHUP (the terminal was closed; not with nohup) and a limit in minutes, as a context manager.
 
-    The minutes count from now, or from `since`, a time of time.monotonic(). A second signal acts as it would without
-    this. Leaving restores the signal handlers.
+    `wanted()` tells whether to stop after this step. The minutes count from now, or from `since`, a time of
+    time.monotonic(). A second signal acts as it would without this. Leaving restores the signal handlers.
     """
 
     def __init__(self, minutes=None, *, since=None):
@@ -35,8 +36,11 @@ class StopRequests:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[signum] = signal.signal(signum, self.note)
+            hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+            signums = [signal.SIGINT, signal.SIGTERM, *filter(None, [hangup])]
+            for signum in signums:
+                if signum != hangup or signal.getsignal(signum) != signal.SIG_IGN:
+                    self.handlers[signum] = signal.signal(signum, self.note)
         return self
 
     def __exit__(self, *exception):
@@ -46,6 +50,8 @@ class StopRequests:
     def note(self, signum, frame):
         self.signum = signum
         self.__exit__()
+        with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone; the signal came amid another print
+            print("\nstopping after this step; once more: at once", file=sys.stderr, flush=True)
 
     def end(self):
         """Raises Interrupted if a signal asked for the stop."""

@@ -17,6 +17,7 @@ from training.checkpoint import (
     has_checkpoint,
     make_checkpoint,
     open_checkpoint,
+    position,
     restore_training,
     save_checkpoint,
 )
@@ -24,6 +25,7 @@ from training.device import peak_memory_bytes
 from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
+    counted,
     draw_curves,
     epoch_line,
     write_log,
@@ -157,7 +159,7 @@ class Run:
         """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
         self.write()
         command = f"python {self.script} --resume {self.folder}"
-        print(f"stopped in epoch {self.epoch + 1} after step {self.sums['step']}; to resume: {command}")
+        print(f"stopped after {position(self.epoch, self.sums['step'])}; to resume: {command}")
         stop.end()
 
     def out_of_patience(self):
@@ -213,7 +215,7 @@ class Run:
         Prints what the folder holds, and returns what result.json holds.
         """
         if self.epoch < self.args.epochs:
-            print(f"no better validation accuracy in {self.args.patience} epochs: stopped early")
+            print(f"no better validation accuracy in {counted(self.args.patience, 'epoch')}: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)

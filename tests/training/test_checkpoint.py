@@ -41,7 +41,7 @@ def test_it_comes_back_and_the_one_before_is_kept(tmp_path, capsys):
     for epoch in (1, 2):
         save_checkpoint(tmp_path / "last.pt", small_checkpoint(epoch))
     assert torch.equal(load_checkpoint(tmp_path)["weights"]["w"], torch.arange(100_000.0))
-    assert f"{tmp_path / 'last.pt'}: vit, epoch 2, step 3, test 25.00%" in capsys.readouterr().out
+    assert f"{tmp_path / 'last.pt'}: vit after 2 epochs and 3 steps, test 25.00%" in capsys.readouterr().out
     assert open_checkpoint(tmp_path / "last.prev.pt")["epoch"] == 1
     assert sorted(os.listdir(tmp_path)) == ["last.prev.pt", "last.pt"]
 
@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_nothing_else
 
 
 def flipped(path, rng, count):
-    """The bytes of a file with one bit flipped: `count` bits anywhere, and one in every fourth byte of the zip's directory."""
+    """The bytes of a file with one bit flipped: `count` anywhere, and one in every fourth byte of the zip's end."""
     data = path.read_bytes()
     for place in [*rng.integers(0, len(data), count), *range(data.index(b"PK\x01\x02"), len(data), 4)]:
         damaged = bytearray(data)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from errors import UserError
+from errors import UserError, is_memory_error
 from training import device as devices
-from training.device import is_memory_error, memory_error, memory_watched
+from training.device import memory_error, memory_watched
 
 GIB = 2**30
 
@@ -49,6 +49,7 @@ def run(tmp_path):
         precision=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)),
         device=SimpleNamespace(type="cuda"),
         folder=tmp_path,
+        model_args={"image_size": 4},
     )
 
 
@@ -82,6 +83,15 @@ def test_where_the_weights_take_all_no_batch_fits(run, monkeypatch):
 def test_on_a_processor_there_is_no_estimate(run):
     run.device = torch.device("cpu")
     with pytest.raises(UserError, match="^--batch-size 64 does not fit$"), memory_watched(run):
+        torch.empty(2**60)
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"), [("softmax", "; a larger --patch-size takes less, too$"), ("none", "fit$")]
+)
+def test_the_patch_size_is_named_where_it_counts(run, attention, said):
+    run.device, run.model_args = torch.device("cpu"), {"patch_size": 4, "attention": attention}
+    with pytest.raises(UserError, match=f"^--batch-size 64 does not .*{said}"), memory_watched(run):
         torch.empty(2**60)
 
 
