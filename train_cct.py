@@ -99,15 +99,6 @@ def chosen_recipe(given):
     return name, RECIPES[name] | (LIGHT if short else {})
 
 
-def start_from(model, args, checkpoint):
-    """Load the weights of --init-from, unless the run is resumed; returns (mean, std) of a run's images, if they are
-    a run's. Raises UserError if they do not fit the model.
-    """
-    if checkpoint:
-        return checkpoint["mean"], checkpoint["std"]
-    return start_from_weights(args.init_from, partial(load_published, model))
-
-
 def main(argv=None):
     """Train as argv (or the command line) says; returns what result.json holds, None if the run is not finished."""
     start = start_run(cct_parser(), argv, chosen_recipe=chosen_recipe, model_flags=MODEL_FLAGS)
@@ -122,7 +113,8 @@ def main(argv=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "tokens")
-    statistics = start_from(model, args, checkpoint) if args.init_from else None
+    load = partial(load_published, model)
+    statistics = start_from_weights(args.init_from, load, checkpoint) if args.init_from else None
     if args.summary:
         return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 

@@ -166,11 +166,10 @@ def start_from(model, args, checkpoint):
         raise UserError(f"--pretrained: there are no weights for {args.model}, only for vit_b_16")
     if args.pretrained:
         warn_of_seen_images(args.dataset)
-    if checkpoint:
-        return checkpoint["mean"], checkpoint["std"]
     if args.init_from:
-        return start_from_weights(args.init_from, partial(load_published, model))
-    load_imagenet_weights(model)
+        return start_from_weights(args.init_from, partial(load_published, model), checkpoint)
+    if not checkpoint:
+        load_imagenet_weights(model)
     return imagenet_statistics()
 
 

@@ -31,20 +31,6 @@ def write_archive(file, checkpoint):
     file.write(digest_of(file, file.tell()))
 
 
-def check_archive(path):
-    """Raises UserError if the digest of a file is wrong; without one, as of older files, if a zip checksum is.
-
-    torch.load checks neither, and flipped bits in a zip's directory escape its checksums.
-    """
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        if archive.comment:
-            damaged = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) != archive.comment and "the whole file"
-        else:
-            damaged = archive.testzip()
-    if damaged:
-        raise UserError(f"{path} is damaged (checksum of {damaged})")
-
-
 @contextlib.contextmanager
 def read_from_outside(what_is_wrong):
     """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
@@ -62,9 +48,16 @@ def read_from_outside(what_is_wrong):
 def read_archive(path, what_is_wrong, device="cpu"):
     """What torch.save wrote to a file, of tensors and plain types. Raises UserError if it is damaged or another file.
 
-    torch's files from before 2020 are no zip archives: there is nothing to check in them.
+    The digest is checked, or in files without one the zip's checksums, which miss what is wrong in its directory;
+    torch.load checks neither. Files of a torch from before 2020 are no zip, and have nothing to check.
     """
     with read_from_outside(what_is_wrong):
-        if zipfile.is_zipfile(path):
-            check_archive(path)
+        damaged = None
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                archive = zipfile.ZipFile(file)
+                right = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) if archive.comment else b""
+                damaged = archive.testzip() if right == archive.comment == b"" else right != archive.comment
+        if damaged:
+            raise UserError(f"{path} is damaged (its checksum is wrong)")
         return torch.load(path, map_location=device, weights_only=True)

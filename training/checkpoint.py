@@ -10,7 +10,7 @@ import torch
 from errors import UserError
 from files import write_atomically
 from training.archives import read_archive, read_from_outside, write_archive
-from training.outputs import COLUMNS, counted
+from training.outputs import COLUMNS, plural
 
 FORMAT_VERSION = 1
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
@@ -24,18 +24,12 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
     "optimizer": (dict[str, object],),
-    "schedule": (
-        dict[str, object],
-        lambda state: {type(state.get(n, 0)) for n in ("last_epoch", "_step_count")} == {int},
-    ),
+    "schedule": (dict[str, object], lambda state: isinstance(state.get("last_epoch", 0), int)),
     "scaler": (dict[str, object],),
     "seed": (int,),
     "epoch": (int, lambda epoch: epoch >= 0),
     "step": (int, lambda step: step >= 0),
-    "sums": (
-        dict[str, torch.Tensor | int | float],
-        lambda sums: not any(torch.is_tensor(v) and v.ndim for v in sums.values()),
-    ),
+    "sums": (dict[str, torch.Tensor | int | float], lambda sums: not any(getattr(v, "ndim", 0) for v in sums.values())),
     "history": (list[dict[str, int | float | None]], lambda rows: all(set(COLUMNS[:8]) <= row.keys() for row in rows)),
     "args": (dict[str, object], lambda args: is_of_kind([args.get("dataset"), args.get("data_dir")], list[str])),
 }
@@ -101,12 +95,14 @@ def open_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def start_from_weights(path, load):
+def start_from_weights(path, load, checkpoint):
     """Give load(weights) those of --init-from: of a run's folder, of a checkpoint, or a state dict of another program.
 
     load returns the names that it left out; they are printed. Returns (mean, std) of the run's images, None for a state
-    dict. Raises UserError if the file is neither.
+    dict. If `checkpoint` is that of a run to resume, nothing is loaded. Raises UserError if the file is neither.
     """
+    if checkpoint:
+        return checkpoint["mean"], checkpoint["std"]
     path, found, statistics = Path(path), None, None
     if path.is_file() and path.name != "last.pt":
         found = read_archive(path, f"--init-from {path}: it is neither a checkpoint nor a file of weights")
@@ -119,7 +115,7 @@ def start_from_weights(path, load):
 
 def position(epoch, step):
     """How far a run has come: its finished epochs, and the steps of the one in progress."""
-    return counted(epoch, "epoch") + (f" and {counted(step, 'step')}" if step else "")
+    return plural(epoch, "epoch") + (f" and {plural(step, 'step')}" if step else "")
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
@@ -149,11 +145,8 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         for key in ("val_accuracy", "test_accuracy")
         if history and history[-1].get(key)
     ]
-    print(
-        f"{path}: {checkpoint['model']} after {position(checkpoint['epoch'], checkpoint['step'])}",
-        *accuracies,
-        sep=", ",
-    )
+    reached = position(checkpoint["epoch"], checkpoint["step"])
+    print(f"{path}: {checkpoint['model']} after {reached}", *accuracies, sep=", ")
     return checkpoint
 
 

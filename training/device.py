@@ -182,19 +182,15 @@ def compiled_forward(model, args, *, device, num_images):
 
 @contextlib.contextmanager
 def memory_watched(run):
-    """A context in which running out of memory is a UserError (see memory_error), and so is a batch of one image for
-    BatchNorm on maps of 1 x 1.
-    """
+    """A context in which running out of memory is a UserError (see memory_error), and so is BatchNorm on one value."""
     try:
         yield
     except Exception as error:
         if is_memory_error(error):
             raise memory_error(error, run) from error
         if "more than 1 value per channel" in str(error):
-            raise UserError(
-                f"--batch-size {run.args.batch_size}: BatchNorm cannot learn from a last batch of one image on a map"
-                " of 1 x 1; use --drop-last or another --batch-size"
-            ) from error
+            said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
+            raise UserError(f"--batch-size {run.args.batch_size}: {said}") from error
         raise
 
 

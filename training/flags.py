@@ -62,18 +62,14 @@ class Parser(argparse.ArgumentParser):
 
     def check_values(self, values):
         """Raises UserError for a value, by its name, that the command line would not have taken."""
+        argv = []
         for action in self._actions:
-            value, many = values.get(action.dest), action.nargs is not None
-            if action.nargs == 0 or (value is None and (many or action.default is None)):
-                continue
-            parts, kinds = value if isinstance(value, list) else [value], (int, float, str) if action.type else str
-            try:
-                if isinstance(value, list) != many or not all(isinstance(part, kinds) for part in parts):
-                    raise argparse.ArgumentError(action, f"invalid value: {value!r}")
-                for part in parts:
-                    self._check_value(action, self._get_value(action, str(part)))
-            except argparse.ArgumentError as error:
-                self.error(str(error))
+            value, needed = values.get(action.dest), action.nargs is None and action.default is not None
+            if isinstance(value, list):
+                argv += [action.option_strings[0], *map(str, value)]
+            elif action.nargs != 0 and (value is not None or needed):
+                argv.append(f"{action.option_strings[0]}={value}")
+        self.parse_args(argv)
 
 
 class TrainingParser(Parser):

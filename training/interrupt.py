@@ -36,9 +36,8 @@ class StopRequests:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
-            hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-            signums = [signal.SIGINT, signal.SIGTERM, *filter(None, [hangup])]
-            for signum in signums:
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # not on Windows
+            for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
                 if signum != hangup or signal.getsignal(signum) != signal.SIG_IGN:
                     self.handlers[signum] = signal.signal(signum, self.note)
         return self

@@ -24,14 +24,14 @@ COLUMNS = (  # of log.csv
 )
 
 
-def counted(number, noun):
+def plural(number, noun):
     """ "1 epoch", "2 epochs"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def print_header(args, precision):
     """The first lines of a run: its recipe, and what it runs on."""
-    length = counted(args.epochs, "epoch")
+    length = plural(args.epochs, "epoch")
     print(f"recipe {args.recipe}: {args.dataset}, {length}, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
 

@@ -25,9 +25,9 @@ from training.device import peak_memory_bytes
 from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
-    counted,
     draw_curves,
     epoch_line,
+    plural,
     write_log,
     write_predictions,
     write_result,
@@ -215,7 +215,7 @@ class Run:
         Prints what the folder holds, and returns what result.json holds.
         """
         if self.epoch < self.args.epochs:
-            print(f"no better validation accuracy in {counted(self.args.patience, 'epoch')}: stopped early")
+            print(f"no better validation accuracy in {plural(self.args.patience, 'epoch')}: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
