@@ -24,7 +24,7 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
     "optimizer": (dict[str, object],),
-    "schedule": (dict[str, object], lambda state: isinstance(state.get("last_epoch", 0), int)),
+    "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "scaler": (dict[str, object],),
     "seed": (int,),
     "epoch": (int, lambda epoch: epoch >= 0),
