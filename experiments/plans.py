@@ -76,8 +76,8 @@ def parse_row(table, plan):
     name, script, arguments = parse_arguments(table, ROW_KEYS)
     parser, init_from = script_parser(script), table.get("init_from")
     given = given_arguments(parser, arguments)
-    if init_from and not any(action.dest == "init_from" and action.metavar != "FILE" for action in parser._actions):
-        raise UserError(f"init_from = {init_from}: {script} cannot start from a run; train_resnet_attn.py can")
+    if init_from:
+        given_arguments(parser, ["--init-from", init_from])  # raises UserError if the script does not have this flag
     if taken := [as_flag(flag) for flag in given if flag == "seed" or flag_kind(flag) == "start"]:
         raise UserError(f"remove {', '.join(taken)}: campaign.py sets this itself")
     seeds, against = table.get("seeds", plan.get("seeds", 1)), table.get("against", plan.get("baseline"))
@@ -122,6 +122,8 @@ def check_names(plan, rows, measurements):
     for key, name in references:
         if name is not None and name not in names:
             raise UserError(f"{key} = {name} is not a row; choose one of {', '.join(names)}")
+    if foreign := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).script != row.script]:
+        raise UserError(f"init_from of {foreign[0]} must name a row of the same script")
     if chained := [row.name for row in rows if row.init_from and by_name(rows, row.init_from).init_from]:
         raise UserError(f"init_from of {chained[0]} must name a row that has no init_from itself")
 

@@ -178,8 +178,8 @@ def rebuild_model(checkpoint, build_model):
         try:
             model = build_model(checkpoint["model"], **checkpoint["model_args"])
         except UserError as error:
-            advice = "a class of your own must be in its table first, see docs/extending.md"
-            raise UserError(f"the checkpoint's model cannot be built here ({error}): {advice}") from error
+            advice = "docs/extending.md says how to add a block of your own"
+            raise UserError(f"the checkpoint's model cannot be built here: {error}; {advice}") from error
         model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 

@@ -297,7 +297,7 @@ BAD_PLANS = {
     "row 1 (a/b): a name may have letters, digits, . _ and - only": ('"plain"\nscript', '"a/b"\nscript'),
     "baseline = first is not a row; choose one of plain, other": ('baseline = "plain"', 'baseline = "first"'),
     "against = nobody is not a row": ('name = "other"', 'name = "other"\nagainst = "nobody"'),
-    "row 1 (plain): init_from = other: train_cct.py cannot start from a run": (
+    "init_from of plain must name a row of the same script": (
         'script = "train_fake.py"\narguments = "--lr 0.1"',
         'script = "train_cct.py"\ninit_from = "other"',
     ),
