@@ -54,17 +54,9 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
 
-    def normalised_by(self, mean, std):
-        """The same, to be normalised by another mean and std: those that its weights were trained with."""
-        return self._replace(mean=mean, std=std)
-
     def splits(self):
         """{"train", "val" if there is one, "test": Split}."""
         return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
-
-    def data_hash(self):
-        """The hash of the training images alone, by which results name their data."""
-        return self.train.hash()
 
 
 def count_classes(name, data_dir):
@@ -140,9 +132,12 @@ def load_dataset(
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
 
 
-def dataset_of(args):
-    """load_dataset with the values of a training script's flags, the attributes of args."""
-    return load_dataset(
+def dataset_of(args, statistics=None):
+    """load_dataset with the values of a training script's flags, the attributes of args.
+
+    statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
+    """
+    dataset = load_dataset(
         args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,
@@ -153,6 +148,7 @@ def dataset_of(args):
         cache_dir=args.cache_dir,
         dataset_name=args.dataset_name,
     )
+    return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
 def read_shapes(name, data_dir):

@@ -203,10 +203,8 @@ def main(argv=None):
         return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
-    dataset = dataset_of(args)
+    dataset = dataset_of(args, statistics)
     print(describe(dataset))
-    if statistics:
-        dataset = dataset.normalised_by(*statistics)
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}

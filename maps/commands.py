@@ -131,7 +131,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "model": checkpoint["model"],
         "epoch": checkpoint["epoch"],
         "dataset_name": dataset.name,
-        "data_hash": dataset.data_hash(),
+        "data_hash": dataset.train.hash(),
         "split": args.split,
         "images": len(indices),
         "patches": list(model.grid),

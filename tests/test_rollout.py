@@ -212,9 +212,9 @@ def test_a_run_ends_with_a_command_that_can_draw_it(folder_flags, tmp_path, caps
 
 def test_which_checkpoint(run, capsys):
     script.main([str(run), "--index", "0", "--which", "best_on_test"])
-    assert "best_on_test.pt: vit after 1 epoch" in capsys.readouterr().out
+    assert "best_on_test.pt: vit after epoch 1" in capsys.readouterr().out
     script.main([str(run / "last.pt"), "--index", "0"])
-    assert "last.pt: vit after 1 epoch" in capsys.readouterr().out
+    assert "last.pt: vit after epoch 1" in capsys.readouterr().out
 
 
 def test_mistakes_are_named(run, tmp_path):

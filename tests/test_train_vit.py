@@ -120,7 +120,7 @@ def test_a_closed_terminal_saves_but_nohup_goes_on(folder_flags, tmp_path, monke
         train_vit.main(folder_flags)
     assert stopped.value.exit_code == 129 and torch.load(tmp_path / "runs/vit/last.pt")["step"] == 2
     captured = capsys.readouterr()
-    assert "stopped after 0 epochs and 2 steps; to resume" in captured.out
+    assert "stopped in epoch 1 after step 2; to resume" in captured.out
     assert captured.err.strip() == "stopping after this step; once more: at once"
     monkeypatch.setattr(signal, "SIGHUP", signal.SIGUSR1)  # to be ignored without harm to pytest's own handler
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -163,7 +163,7 @@ def test_resume_auto_starts_goes_on_and_knows_when_it_is_done(folder_flags, tmp_
 def test_minutes_stop_it_without_an_error(folder_flags, capsys):
     assert train_vit.main([*folder_flags, "--minutes", "0.000001"]) is None
     out = capsys.readouterr().out
-    assert "stopped after 0 epochs and 1 step; to resume: python train_vit.py --resume" in out
+    assert "stopped in epoch 1 after step 1; to resume: python train_vit.py --resume" in out
     run = out.split("--resume ")[1].strip()
     assert train_vit.main(["--resume", run])["epochs"] == 2  # the limit was that of one start
 
@@ -418,9 +418,9 @@ def test_memory_used_up_in_an_epoch_or_in_judging_it_is_one_line(folder_flags, m
 
 def test_the_minutes_count_from_the_start_of_the_script(folder_flags, monkeypatch, capsys):
     load = train_vit.dataset_of
-    monkeypatch.setattr(train_vit, "dataset_of", lambda args: time.sleep(1.5) or load(args))
+    monkeypatch.setattr(train_vit, "dataset_of", lambda *args: time.sleep(1.5) or load(*args))
     assert train_vit.main([*folder_flags, "--epochs", "1000", "--minutes", "0.025"]) is None
-    assert "stopped after 0 epochs and 1 step;" in capsys.readouterr().out
+    assert "stopped in epoch 1 after step 1;" in capsys.readouterr().out
 
 
 def test_summary_of_torchvisions_vit_counts_its_attention(tmp_path, capsys):

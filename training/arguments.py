@@ -12,21 +12,15 @@ from training.run import choose_folder, finished_result
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
-    "milestones": (lambda args: args.sched == "multistep", "--sched multistep"),
-    "gamma": (lambda args: args.sched == "multistep", "--sched multistep"),
+    **dict.fromkeys(("milestones", "gamma"), (lambda args: args.sched == "multistep", "--sched multistep")),
     "warmup_epochs": (lambda args: args.sched == "cosine", "--sched cosine"),
     "div_factor": (lambda args: args.sched == "onecycle", "--sched onecycle"),
-    "momentum": (
-        lambda args: args.opt == "sgd" and args.sched != "onecycle",
-        "--opt sgd, and another --sched than onecycle, which moves the momentum itself",
-    ),
-    "opt_betas": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
-    "opt_eps": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
+    "momentum": (lambda args: args.opt == "sgd" and args.sched != "onecycle", "--opt sgd, without --sched onecycle"),
+    **dict.fromkeys(("opt_betas", "opt_eps"), (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw")),
     "ratio": (lambda args: args.scale, "--scale"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
-    "attention_after": (lambda args: args.attention != "none", "--attention"),
-    "attention_in": (lambda args: args.attention != "none", "--attention"),
+    **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
     "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
     "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
@@ -129,9 +123,8 @@ def resumed_arguments(parser, given, checkpoint, folder):
 
     Arguments that are newer than the checkpoint take their defaults. Raises UserError for one that may not change.
     """
-    everything = vars(parser.parse_args([]))
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
-    saved = everything | saved
+    saved = vars(parser.parse_args([])) | saved
     parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
@@ -139,8 +132,7 @@ def resumed_arguments(parser, given, checkpoint, folder):
         if flag_kind(name) == "run" and saved[name] != value
     ]
     if different:
-        longer = (
-            f"; to train its weights for longer, start a new run: --init-from {folder}" if "epochs" in given else ""
-        )
-        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}{longer}")
+        if "epochs" in given:
+            different.append(f"to train its weights for longer, start a new run: --init-from {folder}")
+        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})

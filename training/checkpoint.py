@@ -10,7 +10,7 @@ import torch
 from errors import UserError
 from files import write_atomically
 from training.archives import read_archive, read_from_outside, write_archive
-from training.outputs import COLUMNS, plural
+from training.outputs import COLUMNS
 
 FORMAT_VERSION = 1
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
@@ -40,13 +40,10 @@ def is_of_kind(value, kind):
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(is_of_kind(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(is_of_kind(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            is_of_kind(key, inner[0]) and is_of_kind(item, inner[1]) for key, item in value.items()
-        )
-    return isinstance(value, kind)
+    parts = [value, value.values()] if origin is dict and isinstance(value, dict) else [value]
+    return isinstance(value, origin or kind) and all(
+        is_of_kind(x, one) for part, one in zip(parts, inner) for x in part
+    )
 
 
 def make_checkpoint(run):
@@ -114,15 +111,14 @@ def start_from_weights(path, load, checkpoint):
 
 
 def position(epoch, step):
-    """How far a run has come: its finished epochs, and the steps of the one in progress."""
-    return plural(epoch, "epoch") + (f" and {plural(step, 'step')}" if step else "")
+    """How far a run has come, from its finished epochs and the steps of the one in progress."""
+    return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
-    Raises UserError if neither can be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -133,20 +129,11 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         previous = path.with_name("last.prev.pt")
         if path.name != "last.pt" or not previous.exists():
             raise
-        try:
-            checkpoint = open_checkpoint(previous, device)
-        except UserError as second:
-            raise UserError(f"{error}; {second}") from second
         print(f"warning: {error}: using {previous}", file=sys.stderr)
-        path = previous
-    history = checkpoint["history"]
-    accuracies = [
-        f"{key[:-9]} {history[-1][key]:.2%}"
-        for key in ("val_accuracy", "test_accuracy")
-        if history and history[-1].get(key)
-    ]
-    reached = position(checkpoint["epoch"], checkpoint["step"])
-    print(f"{path}: {checkpoint['model']} after {reached}", *accuracies, sep=", ")
+        path, checkpoint = previous, open_checkpoint(previous, device)
+    last = checkpoint["history"][-1] if checkpoint["history"] else {}
+    accuracies = [f"{split} {value:.2%}" for split in ("val", "test") if (value := last.get(f"{split}_accuracy"))]
+    print(f"{path}: {checkpoint['model']} {position(checkpoint['epoch'], checkpoint['step'])}", *accuracies, sep=", ")
     return checkpoint
 
 

@@ -108,8 +108,6 @@ def at_least(low, kind=int):
 
 
 positive = number(above=0)
-
-
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
 

@@ -24,15 +24,9 @@ COLUMNS = (  # of log.csv
 )
 
 
-def plural(number, noun):
-    """ "1 epoch", "2 epochs"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def print_header(args, precision):
     """The first lines of a run: its recipe, and what it runs on."""
-    length = plural(args.epochs, "epoch")
-    print(f"recipe {args.recipe}: {args.dataset}, {length}, batch {args.batch_size}, lr {args.lr:g}")
+    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
 
 
@@ -119,11 +113,8 @@ def write_split(path, dataset):
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "class", "split"))
-    for key in ("train", "val", "test"):
-        if split := getattr(dataset, key):
-            writer.writerows(
-                (name, dataset.classes[label], key) for name, label in zip(split.names, split.labels.tolist())
-            )
+    for key, split in dataset.splits().items():
+        writer.writerows((name, dataset.classes[y], key) for name, y in zip(split.names, split.labels.tolist()))
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -167,7 +158,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "trained_params": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
         "params_without_embedding": count_parameters(run.model, leave_out="pos_embed"),
         "dataset_name": dataset.name,
-        "images": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
+        "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
         "data_hash": run.data_hashes["train"],
         "epochs": len(history),

@@ -27,7 +27,6 @@ from training.outputs import (
     COLUMNS,
     draw_curves,
     epoch_line,
-    plural,
     write_log,
     write_predictions,
     write_result,
@@ -38,7 +37,7 @@ WRITING_SHARE = 0.04  # at most this share of the time goes into writing what ep
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
 MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
 WRITTEN = (*CHECKPOINTS, *MAPS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
-WITHOUT_WEIGHTS = ("none", "identity", "depthwise")  # --attention that rollout.py cannot draw
+WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -159,7 +158,7 @@ class Run:
         """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
         self.write()
         command = f"python {self.script} --resume {self.folder}"
-        print(f"stopped after {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
         stop.end()
 
     def out_of_patience(self):
@@ -215,7 +214,7 @@ class Run:
         Prints what the folder holds, and returns what result.json holds.
         """
         if self.epoch < self.args.epochs:
-            print(f"no better validation accuracy in {plural(self.args.patience, 'epoch')}: stopped early")
+            print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
@@ -232,11 +231,9 @@ class Run:
             print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
-        refused = any(getattr(module, "sums_to_one", True) is False for module in model.modules())
-        if refused or self.args.attention in WITHOUT_WEIGHTS:
-            print(f"draw which pixels it looks at: python attribute.py {folder}")
-        else:
-            print(f"draw its attention maps: python rollout.py {folder}")
+        drawn = self.args.attention not in WITHOUT_MAPS
+        where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
+        print(f"draw {where} {folder}")
         return result
 
 

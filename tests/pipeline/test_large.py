@@ -93,12 +93,12 @@ def test_statistics_and_hash_are_of_the_training_images(tmp_path):
     pixels = np.concatenate([images.decode(index).reshape(-1, 3) for index in range(12)]) / 255
     assert dataset.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-9)
     assert dataset.std == pytest.approx(pixels.std(0).tolist(), abs=1e-9)
-    first = dataset.data_hash()
+    first = dataset.train.hash()
     Image.new("RGB", (99, 99)).save(root / "test" / "cat" / "0-150x100.png")
-    assert load_large(root, tmp_path).data_hash() == first
+    assert load_large(root, tmp_path).train.hash() == first
     Image.new("RGB", (99, 99)).save(root / "train" / "cat" / "0-150x100.png")
     changed = load_large(root, tmp_path)
-    assert changed.data_hash() != first and changed.mean != dataset.mean
+    assert changed.train.hash() != first and changed.mean != dataset.mean
 
 
 def test_a_photograph_is_held_upright(tmp_path):
