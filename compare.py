@@ -29,13 +29,8 @@ TABLE_END = "<!-- end table -->"
 def compare_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help="runs (names, files, folders; the first is the baseline), or plans",
-    )
+    help_text = "runs (names, files, folders; the first is the baseline), or plans"
+    add("names", nargs="*", default=[], metavar="NAME", help=help_text)
     add("--by", choices=("test", "val"), default="test", help="the accuracy; use val to choose between models")
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
     add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")

@@ -113,18 +113,15 @@ def load_dataset(
         for key, (p, y, n) in splits.items()
     }
     if "all" in splits:
-        test, train = split_by_class(
-            splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
-        )
-        splits = {"train": train, "test": test}
+        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
+        splits = dict(zip(("test", "train"), parts))
     elif folder and test_fraction != 0.2:  # not the default
         print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
     if val_fraction:
         if "val" in splits:
             raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        splits["val"], splits["train"] = split_by_class(
-            splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
-        )
+        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -168,10 +165,8 @@ def read_cifar(name, data_dir):
             except RuntimeError:  # missing, or its checksums are wrong
                 found = dataset(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
-                f"put {dataset.filename} or its folder {dataset.base_folder} there, or give its place by --data-dir"
-            ) from error
+            advice = f"put {dataset.filename} there, or set --data-dir"
+            raise UserError(f"{name} is not in {data_dir} and cannot be downloaded ({error}): {advice}") from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits[split] = (images, found.targets, np.arange(len(images)))
     return found.classes, splits

@@ -20,7 +20,8 @@ def command_line():
 
 def is_memory_error(error):
     """Whether an exception says that the memory of a GPU (torch.OutOfMemoryError) or of the host is used up."""
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return named or isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
 def bar_disabled():

@@ -12,6 +12,8 @@ As a library, for any model whose attention is torch's scaled_dot_product_attent
     matrices = rollout(recorder.attentions)  # (B, N, N)
 """
 
+import re
+
 import torch
 
 from errors import UserError, run_script
@@ -41,12 +43,10 @@ __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "re
 def rollout_parser():
     parser = maps_parser(__doc__, METHODS, default="rollout")
     add = parser.add_argument_group("the map").add_argument
-    help_text = "how the heads of a layer are joined; max keeps what any head attends to"
-    add("--head-fusion", choices=("mean", "max", "min"), default="mean", help=help_text)
+    add("--head-fusion", choices=("mean", "max", "min"), default="mean", help="how a layer's heads are joined")
     help_text = "set this share of each row, the lowest weights, to zero, say 0.9 if maps are noisy"
     add("--discard-ratio", type=fraction, default=0.0, metavar="F", help=help_text)
-    help_text = "the class that gradient_rollout and relevance explain (default: the predicted one)"
-    add("--target", metavar="CLASS", help=help_text)
+    add("--target", metavar="CLASS", help="the class that methods with gradients explain (default: the predicted one)")
     add("--layers", action="store_true", help="also draw every layer and head by itself")
     add("--matrix", action="store_true", help="also draw the method's whole matrix from tokens to tokens")
     help_text = "also draw the matrix of these layers' attention, numbered from 1"
@@ -95,10 +95,8 @@ def draw_maps(args, model, checkpoint, chosen, out):
             layers = maps_of_layers(model, recorder, i)
             draw_layers(new_path(f"{explained.name}-layers.{args.format}"), explained.shown, caption, layers, **look)
         for title, matrix in drawn.items():
-            path = new_path(f"{explained.name}-{title}-matrix.{args.format}")
-            draw_matrix(
-                path, matrix[i].cpu().numpy(), f"{title.replace('_', ' ').replace('-', ' ')}\n{caption}", dpi=args.dpi
-            )
+            path, words = new_path(f"{explained.name}-{title}-matrix.{args.format}"), re.sub("[_-]", " ", title)
+            draw_matrix(path, matrix[i].cpu().numpy(), f"{words}\n{caption}", dpi=args.dpi)
         if args.patches:
             draw_patches(new_path(f"{explained.name}-patches.{args.format}"), model, explained.pixels, dpi=args.dpi)
     return written

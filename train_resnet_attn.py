@@ -28,7 +28,7 @@ from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
 from seeding import seed_for
 from training.arguments import start_run
-from training.checkpoint import evaluated_weights, load_checkpoint
+from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import at_least, make_parser
 from training.interrupt import StopRequests, Watch
@@ -163,21 +163,19 @@ def check_start(args):
         raise UserError(f"--pretrained: there are no weights for {args.model}, only for {', '.join(RESNETS)}")
 
 
-def start_from_trunk(model, args, checkpoint, device):
+def start_from_trunk(model, args, checkpoint):
     """Load the trunk of --init-from or --pretrained, unless the run is resumed, and freeze it if --freeze says so.
 
-    Returns (mean, std) of the images that the trunk was trained on; None if it starts from scratch.
+    Returns (mean, std) of the images that the trunk was trained on; None if they are not known.
     """
     statistics = None
+    if args.init_from:
+        statistics = start_from_weights(args.init_from, partial(load_trunk, model), checkpoint)
     if args.pretrained:
         warn_of_seen_images(args.dataset)
         statistics = imagenet_statistics()
-    if args.init_from:
-        source = checkpoint or load_checkpoint(args.init_from, device=device)
-        statistics = source["mean"], source["std"]
-    if statistics and not checkpoint:
-        left = load_trunk(model, evaluated_weights(source)) if args.init_from else load_imagenet_trunk(model)
-        print(f"the trunk is that of {args.init_from or 'ImageNet'}; left out: {', '.join(left) or 'nothing'}")
+        if not checkpoint:
+            print(f"weights of ImageNet; left out: {', '.join(load_imagenet_trunk(model))}")
     if args.freeze:
         model.freeze_trunk()
     return statistics
@@ -198,7 +196,7 @@ def main(argv=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "positions")
-    statistics = start_from_trunk(model, args, checkpoint, device)
+    statistics = start_from_trunk(model, args, checkpoint)
     if args.summary:
         return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
 

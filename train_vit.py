@@ -90,29 +90,13 @@ RECIPES = {
     "report": REPORT,
     "strong": STRONG,
     "finetune": {  # ours, for --model vit_b_16 --pretrained
-        "model": "vit_b_16",
-        "epochs": 5,
-        "lr": 3e-5,
-        "amp": "auto",
-        "sched": "cosine",
-        "drop": 0.0,
-        "clip_grad": 1.0,
-        "save_epochs": [],
+        **{"model": "vit_b_16", "epochs": 5, "lr": 3e-5, "amp": "auto", "sched": "cosine"},
+        **{"drop": 0.0, "clip_grad": 1.0, "save_epochs": []},
     },
     "quick": REPORT  # ours: the same architecture, small enough for a CPU
     | {
-        "dataset": "shapes",
-        "epochs": 10,
-        "lr": 2e-3,
-        "amp": "auto",
-        "weight_decay": 0.05,
-        "decay_all": False,
-        "sched": "cosine",
-        "save_epochs": [],
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 4,
-        "drop": 0.0,
+        **{"dataset": "shapes", "epochs": 10, "lr": 2e-3, "amp": "auto", "weight_decay": 0.05, "decay_all": False},
+        **{"sched": "cosine", "save_epochs": [], "embed_dim": 96, "depth": 4, "num_heads": 4, "drop": 0.0},
     },
 }
 MODEL_FLAGS = {  # {model: the flags that it accepts}

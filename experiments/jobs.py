@@ -143,11 +143,8 @@ def do_run(job, args, deadline):
             siblings = [row for row in job.plan.rows if row.init_from == start.row.name and row != job.row]
             files = [result_file(job._replace(row=row), args) for row in siblings]
             if existing := [file for file in files if file.exists()]:
-                print(
-                    f"{job.name} must start from the weights that {existing[0]} started from, those of {start.name},",
-                    f"but they are no longer in {weights}",
-                    file=sys.stderr,
-                )
+                common = f"the weights that {existing[0]} started from, those of {start.name}"
+                print(f"{job.name} must start from {common}, but they are no longer in {weights}", file=sys.stderr)
                 return 2, None
             code, run = do_run(start, args, deadline)
             if not run:

@@ -11,20 +11,10 @@ from errors import UserError
 from experiments.scripts import SCRIPTS, all_arguments
 from training.flags import flag_kind
 
-# the keys of a result that this folder uses, with their types
-RESULT_KEYS = {
-    "script": str,
-    "args": dict,
-    "params": int,
-    "dataset_name": str,
-    "data_hash": str,
-    "epochs": int,
-    "seed": int,
-    "test_accuracy": (int, float),
-    "val_accuracy": (int, float, type(None)),
-    "device": str,
-    "precision": str,
-    "seconds": (int, float),
+RESULT_KEYS = {  # the keys of a result that this folder uses, with their types
+    **dict.fromkeys(("script", "dataset_name", "data_hash", "device", "precision"), str),
+    **dict.fromkeys(("params", "epochs", "seed"), int),
+    **{"args": dict, "test_accuracy": (int, float), "val_accuracy": (int, float, type(None)), "seconds": (int, float)},
 }
 OTHER_RESULTS = ("maps", "speed")  # folders of results/ that hold no runs
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from errors import UserError
 from training.arguments import EFFECT_CONDITIONS
+from training.interrupt import Interrupted
 
 try:
     import fcntl
@@ -98,7 +99,5 @@ def run_command(script, arguments, deadline=math.inf, *, lock=None):
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     if received:
-        interrupt = KeyboardInterrupt()
-        interrupt.exit_code = 128 + received[0]
-        raise interrupt
+        raise Interrupted(received[0])
     return None if late else process.returncode

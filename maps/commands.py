@@ -41,8 +41,7 @@ def maps_parser(description, methods, *, default):
 
     add = parser.add_argument_group("figures").add_argument
     add("--out", type=Path, metavar="DIR", help="where to write (default: maps/ in the run's folder)")
-    help_text = "how maps are enlarged; nearest shows the patches"
-    add("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help=help_text)
+    add("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help="nearest shows the patches")
     add("--format", choices=("png", "pdf"), default="png", help="pdf is sharp at any size, for a paper")
     add("--dpi", type=number(int, low=20, high=1200), default=150, help="resolution, from 20 to 1200")
 

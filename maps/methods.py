@@ -23,16 +23,6 @@ def discard_lowest(matrix, discard_ratio, *, class_token=True):
     return matrix.scatter(-1, lowest, 0.0)
 
 
-def propagate(matrices):
-    """The product over layers of ½A + ½I, each (B, N, N), its rows divided by their sums."""
-    identity = torch.eye(matrices[0].shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
-    result = identity.expand_as(matrices[0])
-    for matrix in matrices:
-        matrix = 0.5 * matrix + 0.5 * identity  # the residual connection passes each token on
-        result = matrix / matrix.sum(dim=-1, keepdim=True) @ result
-    return result
-
-
 def raw(attentions, head_fusion="mean"):
     """The last layer's attention alone."""
     return fuse_heads(attentions[-1], head_fusion)
@@ -43,8 +33,12 @@ def rollout(attentions, head_fusion="mean", discard_ratio=0.0, *, class_token=Tr
 
     discard_ratio sets this share of each row, the lowest values, to zero; the paper discards nothing.
     """
-    fused = (fuse_heads(attention, head_fusion) for attention in attentions)
-    return propagate([discard_lowest(matrix, discard_ratio, class_token=class_token) for matrix in fused])
+    result = identity = torch.eye(attentions[0].shape[-1]).to(attentions[0])
+    for attention in attentions:
+        matrix = discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token=class_token)
+        matrix = 0.5 * matrix + 0.5 * identity  # the residual connection passes each token on
+        result = matrix / matrix.sum(dim=-1, keepdim=True) @ result
+    return result
 
 
 def report(attentions, head_fusion="mean"):
@@ -74,8 +68,7 @@ def relevance(attentions, gradients):
 
     Unlike in gradient_rollout, a layer with small gradients changes R little: rows are not renormalised.
     """
-    identity = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
-    result = identity.expand(len(attentions[0]), -1, -1)
+    result = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for attention, gradient in zip(attentions, gradients, strict=True):
         result = result + (attention * gradient).clamp(min=0).mean(dim=1) @ result
     return result
@@ -87,12 +80,8 @@ WITH_GRADIENTS = ("gradient_rollout", "relevance")
 
 def join_layers(method, attentions, gradients, *, head_fusion="mean", discard_ratio=0.0, class_token=True):
     """(B, N, N) by the method of this name, of METHODS or report_column; options that it does not have are ignored."""
-    if method == "raw":
-        return raw(attentions, head_fusion)
-    if method == "report":
-        return report(attentions, head_fusion)
-    if method == "report_column":
-        return report_column(attentions, head_fusion)
+    if method in ("raw", "report", "report_column"):
+        return {"raw": raw, "report": report, "report_column": report_column}[method](attentions, head_fusion)
     if method == "relevance":
         return relevance(attentions, gradients)
     if method == "gradient_rollout":

@@ -62,10 +62,8 @@ class AttentionRecorder:
         name = type(model).__name__
         for module in model.modules():
             if getattr(module, "sums_to_one", None) is False:
-                raise UserError(
-                    f"the weights of {type(module).__name__} are not a distribution and cannot be drawn: "
-                    "use attribute.py, which explains any model"
-                )
+                name = type(module).__name__
+                raise UserError(f"the weights of {name} are not a distribution and cannot be drawn: use attribute.py")
         # a last layer with one query, (B, heads, 1, N), pools the tokens and is not a layer of the rollout
         if self.weights and self.pooling is None and self.weights[-1].shape[-2] == 1 < self.weights[-1].shape[-1]:
             self.pooling = at_least_float32(self.weights.pop().detach()).mean(1)[:, 0]  # (B, N)
@@ -74,9 +72,7 @@ class AttentionRecorder:
         for weights in self.weights:
             queries, keys = weights.shape[-2:]
             if queries != keys:
-                raise UserError(
-                    f"{name} attends from {queries} tokens to {keys} others: use attribute.py, which explains any model"
-                )
+                raise UserError(f"{name} attends from {queries} tokens to {keys} others: use attribute.py instead")
         if self.pooling is None and getattr(model, "class_token", None) is False:
             weights = self.attentions[-1]
             self.pooling = weights.new_full((len(weights), weights.shape[-1]), 1 / weights.shape[-1])

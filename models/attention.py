@@ -146,9 +146,8 @@ class Mlp(nn.Sequential):
     """Linear, GELU, dropout, Linear, dropout on (B, N, dim)."""
 
     def __init__(self, dim, hidden_dim, *, drop=0.0):
-        super().__init__(
-            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(drop), nn.Linear(hidden_dim, dim), Dropout(drop)
-        )
+        first, second = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        super().__init__(first, nn.GELU(), Dropout(drop), second, Dropout(drop))
 
 
 class Block(nn.Module):

@@ -84,9 +84,7 @@ def node_grid(grids, stage, *, flag="--attention-after", patch_size=1, instead=(
         raise UserError(f"{flag} {stage}: choose from {', '.join(grids)}")
     rows, columns = grids[stage]
     if patch_size < 1 or rows % patch_size or columns % patch_size:
-        raise UserError(
-            f"--patch-size {patch_size} does not divide the feature map of {rows} x {columns} after {stage}"
-        )
+        raise UserError(f"--patch-size {patch_size} does not divide the map of {rows} x {columns} after {stage}")
     if rows == columns == patch_size:
         ways = [f"{flag} {name}" for name in grids if max(grids[name]) > patch_size][-1:] + list(instead)
         ways += ["a smaller --patch-size"] if patch_size > 1 else []

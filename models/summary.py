@@ -1,11 +1,11 @@
 """A table of a model's layers: output shapes, parameters and multiply-adds; and the memory that it takes."""
 
 import copy
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -16,21 +16,15 @@ def output_numbers(model, images):
 
     This is what the tool torchsummary counts; a module that calls others counts too.
     """
-    counted = 0
+    counted = []
 
     def count(module, inputs, output):
-        nonlocal counted
-        counted += (output[0] if isinstance(output, tuple) else output).numel()
+        if module is not model and not isinstance(module, CONTAINERS):
+            counted.append((output[0] if isinstance(output, tuple) else output).numel())
 
-    layers = [module for module in model.modules() if module is not model and not isinstance(module, CONTAINERS)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counted
+    with torch.no_grad(), register_module_forward_hook(count):
+        model(images)
+    return sum(counted)
 
 
 def saved_bytes(model, images):
@@ -54,16 +48,15 @@ def describe_memory(model, input_shape, batch_size):
     takes the parameters, their gradients, the two moments of Adam, and for each image what the backward pass reads.
     """
     trial = copy.deepcopy(model).train()  # its statistics may change
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     two, four = (torch.zeros(n, *input_shape, device=next(model.parameters()).device) for n in (2, 4))
     per_image = (saved_bytes(trial, four) - saved_bytes(trial, two)) / 2 / 2**20
-    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), sum(counts.values())]
+    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), total]
     sizes = [4 * number / 2**20 for number in numbers]
-    fixed = sizes[2] + 3 * 4 * counts[True] / 2**20
+    fixed = sizes[2] + 3 * 4 * trained / 2**20
     return (
-        f"parameters   {counts[True]:,} trained, {counts[False]:,} fixed\n"
+        f"parameters   {trained:,} trained, {total - trained:,} fixed\n"
         "one image    {:.2f} MiB input, {:.2f} forward and backward, {:.2f} parameters, {:.2f} in all\n"
         "training     at least {:,.0f} MiB for a batch of {} in float32: {:.2f} per image, {:.2f} for weights and AdamW"
     ).format(*sizes, sum(sizes), fixed + batch_size * per_image, batch_size, per_image, fixed)
@@ -76,23 +69,21 @@ def summarize(model, input_shape, *, batch_size=None):
     embedding), and for each module with children that multiplies matrices itself (attention). Multiply-adds are those
     of the matrix products and convolutions in a forward pass of one image.
     """
-    shapes = {}
+    shapes, names = {}, {module: name for name, module in model.named_modules()}
 
-    def record(name, module, inputs, output):
-        shapes[name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+    def record(module, inputs, output):
+        shapes[names[module]] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
         # attention written out, since the products of fused kernels are not counted on every device
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record), counter:
             model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
     finally:
         model.train(training)
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for hook in hooks:
-            hook.remove()
 
     # a module's own multiply-adds: those counted while it ran, minus those of its descendants; the deepest come first
     costs = {}
@@ -114,9 +105,8 @@ def summarize(model, input_shape, *, batch_size=None):
     rows.append(("total", type(model).__name__, shapes[""], total, sum(costs.values())))
     width = max(len(row[0]) for row in rows)
     lines = [f"{'layer':{width}}  {'kind':18}  {'output shape':18}  {'parameters':>12}  {'multiply-adds':>14}"]
-    lines += [
-        f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}" for name, kind, shape, count, cost in rows
-    ]
+    for name, kind, shape, count, cost in rows:
+        lines.append(f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}")
     if batch_size:
         lines.append(describe_memory(model, input_shape, batch_size))
     return "\n".join(lines)

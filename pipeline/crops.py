@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from errors import UserError
+from errors import UserError, is_memory_error
 from pipeline.augment import place_boxes, random_sides, whole_sides
 from seeding import seed_for
 
@@ -137,8 +137,8 @@ def images_in_memory():
     """A context, or a function's decorator, in which running out of memory is a UserError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except Exception as error:
+        if not is_memory_error(error):
             raise
         raise UserError("the images do not fit into memory: use a smaller --image-size, or fewer images") from error
 
@@ -158,9 +158,7 @@ def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=
     else:
         workers = min(os.cpu_count(), 16) if workers is None else workers
         needed, limit = images.num_bytes / 2**30, budget / 2**30
-        print(
-            f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them in every epoch"
-        )
+        print(f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them every epoch")
     crops = Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer)
     if not workers:
         return partial(starmap, crops.cut)

@@ -120,9 +120,7 @@ def list_images(folder, skipped):
     found = []
     for parent, folders, names in os.walk(folder, onerror=lambda error: skipped["unreadable"].append(error.filename)):
         if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
-            raise UserError(
-                f"{parent} holds splits ({', '.join(folders)}), which belong above classes: train/cat/1.jpg"
-            )
+            raise UserError(f"{parent} holds splits ({', '.join(folders)}): they belong above classes: train/cat/1.jpg")
         if links := [path for name in folders if os.path.islink(path := os.path.join(parent, name))]:
             skipped["linked"] += links
         for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):

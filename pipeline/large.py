@@ -93,11 +93,8 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
     sizes = cached_array(root, "sizes", files, lambda: np.array([*by_all_cores(upright_size, paths)]), cache_dir)
     short_sides = sizes.min(1, keepdims=True)
     if small := (short_sides < image_size).sum():
-        print(
-            f"warning: {small:,} of {len(sizes):,} images are smaller than --image-size {image_size} "
-            f"(the smallest: {short_sides.min()} pixels) and are enlarged",
-            file=sys.stderr,
-        )
+        reach = f"smaller than --image-size {image_size} (the smallest: {short_sides.min()} pixels)"
+        print(f"warning: {small:,} of {len(sizes):,} images are {reach} and are enlarged", file=sys.stderr)
     largest = MAX_SIDE * image_size
     sizes = torch.from_numpy(np.where(short_sides > largest, sizes * largest // short_sides, sizes))
     images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir)

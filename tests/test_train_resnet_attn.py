@@ -49,7 +49,7 @@ def test_a_block_after_a_trained_trunk_that_is_frozen(resnet_flags, tmp_path, ca
     result = train_resnet_attn.main([*flags, "--init-from", str(trunk)])
     assert result["init_from"] == "resnet18" and result["trained_params"] < result["params"] / 2
     out = capsys.readouterr().out
-    assert f"the trunk is that of {trunk}; left out: fc.weight, fc.bias" in out
+    assert f"weights of {trunk}; left out: fc.weight, fc.bias" in out
     before, after = weights_of(trunk), weights_of(then)
     assert all(torch.equal(before[name], after[name]) for name in trunk_names(before))
     assert after["attention.gamma"] != 0 and not torch.equal(before["fc.weight"], after["fc.weight"])
@@ -125,7 +125,7 @@ def test_strong_is_light_in_short_runs_and_has_crops_for_large_images():
         (["--freeze", "trunk"], "--freeze trunk needs a trained trunk: --init-from RUN or --pretrained"),
         (["--attention", "graph", "--attention-after", "layer5"], "--attention-after: invalid choice: 'layer5'"),
         (["--attention", "graph", "--stem", "imagenet"], "the feature map of 1 x 1 is a single node"),
-        (["--attention", "graph", "--patch-size", "8"], "--patch-size 8 does not divide the feature map of 4 x 4"),
+        (["--attention", "graph", "--patch-size", "8"], "--patch-size 8 does not divide the map of 4 x 4"),
         (["--attention", "graph", "--symmetric"], "--symmetric requires --attention simple"),
         (["--stem-widths", "8", "8", "8"], "--stem-widths: resnet18 does not take it"),
         (["--pretrained"], "--pretrained: the weights require --width 64, not 4"),

@@ -16,19 +16,16 @@ FORMAT_VERSION = 1
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
-    "model_args": (dict[str, object],),
     "classes": (list[str], len),
     "image_size": (int, lambda size: 1 <= size <= 10_000),
     "mean": (list[float], lambda mean: len(mean) == 3),
     "std": (list[float], lambda std: len(std) == 3 and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
-    "optimizer": (dict[str, object],),
+    **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
-    "scaler": (dict[str, object],),
     "seed": (int,),
-    "epoch": (int, lambda epoch: epoch >= 0),
-    "step": (int, lambda step: step >= 0),
+    **dict.fromkeys(("epoch", "step"), (int, lambda number: number >= 0)),
     "sums": (dict[str, torch.Tensor | int | float], lambda sums: not any(getattr(v, "ndim", 0) for v in sums.values())),
     "history": (list[dict[str, int | float | None]], lambda rows: all(set(COLUMNS[:8]) <= row.keys() for row in rows)),
     "args": (dict[str, object], lambda args: is_of_kind([args.get("dataset"), args.get("data_dir")], list[str])),
@@ -41,9 +38,7 @@ def is_of_kind(value, kind):
     if origin is UnionType:
         return any(is_of_kind(value, one) for one in inner)
     parts = [value, value.values()] if origin is dict and isinstance(value, dict) else [value]
-    return isinstance(value, origin or kind) and all(
-        is_of_kind(x, one) for part, one in zip(parts, inner) for x in part
-    )
+    return isinstance(value, origin or kind) and all(is_of_kind(x, k) for part, k in zip(parts, inner) for x in part)
 
 
 def make_checkpoint(run):

@@ -16,20 +16,15 @@ from errors import UserError, is_memory_error
 
 def pick_device(name=None):
     """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
-    available = [
-        kind
-        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        if there
-    ]
-    available.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has none; available: {', '.join(available)}"
-        )
+        reason = "this machine, or this build of torch, has none"
+        raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
     if device.type == "cuda":
         check_kernels(device)
     return device
@@ -47,10 +42,8 @@ def check_kernels(device):
         if needed <= own and (name == "compute" or needed[0] == own[0]):
             return
     name = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
-    raise UserError(
-        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; use --device cpu or"
-        " an older torch"
-    )
+    advice = "use --device cpu or an older torch"
+    raise UserError(f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; {advice}")
 
 
 def has_tf32(device):

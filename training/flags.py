@@ -164,8 +164,7 @@ def add_augmentation_flags(group, policies):
     add("--fill", type=number(int, low=0, high=255), default=0, help="grey level that --aa and --rotate uncover")
     add("--reprob", type=probability, metavar="P", default=0.0, help="erase a random rectangle, in long runs")
     add("--cutout", type=at_least(0), metavar="PIXELS", default=0, help="erase a random square of this side")
-    help_text = "blend pairs of images, in runs of 50 epochs or more"
-    add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+    add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help="blend pairs of images, in long runs")
     help_text = "paste a box of another image; with --mixup, one or the other for each batch"
     add("--cutmix", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
 
@@ -181,23 +180,19 @@ def add_optimizer_flags(group):
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
     help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"
     add("--amp", choices=("auto", "bf16", "fp16", "tf32", "off"), default="auto", help=help_text)
-    help_text = "torch.compile; auto compiles on a GPU, for long runs"
-    add("--compile", choices=("auto", "on", "off"), default="auto", help=help_text)
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on a GPU, in long runs")
     add("--momentum", type=fraction, default=0.9, help="momentum of sgd")
-    help_text = "of adam and adamw; onecycle sets the first"
-    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help=help_text)
+    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help="of adam and adamw")
     add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
-    help_text = "also decay biases, normalisation and embeddings"
-    add("--decay-all", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
     add("--drop-last", action=argparse.BooleanOptionalAction, default=False, help=help_text)
 
 
 def add_schedule_flags(group):
     add = group.add_argument
-    help_text = "schedule of the learning rate: steps down, warm-up and cosine, or one cycle"
-    add("--sched", choices=("multistep", "cosine", "onecycle"), help=help_text)
+    add("--sched", choices=("multistep", "cosine", "onecycle"), help="steps down, warm-up and cosine, or one cycle")
     help_text = "epochs after which multistep lowers the learning rate (default: 5/8 and 15/16 of all)"
     add("--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help=help_text)
     add("--gamma", type=positive, default=0.1, help="factor by which multistep lowers it")
@@ -205,12 +200,10 @@ def add_schedule_flags(group):
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
-    help_text = "decay of a moving average of the weights, which is then evaluated, say 0.999"
-    add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help=help_text)
+    add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
-    help_text = "stop after N epochs without a better validation accuracy"
-    add("--patience", type=at_least(1), metavar="N", help=help_text)
+    add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 
 def add_run_flags(group):
@@ -220,8 +213,7 @@ def add_run_flags(group):
     add("--resume", metavar="RUN", help="a run's folder to resume; auto: resume if it exists, else start it")
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
-    help_text = "save within an epoch every M minutes"
-    add("--save-minutes", type=positive, metavar="M", default=10.0, help=help_text)
+    add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
     help_text = "keep the checkpoints after these epochs"
     add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
     add("--profile", action="store_true", help="also write where the time of ten steps goes")

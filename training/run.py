@@ -124,9 +124,7 @@ class Run:
         --patience without validation images.
         """
         if self.args.patience and not self.dataset.val:
-            raise UserError(
-                f"--patience {self.args.patience} needs validation images: --val-fraction 0.1 splits them off"
-            )
+            raise UserError(f"--patience {self.args.patience} needs validation images, say by --val-fraction 0.1")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
@@ -182,9 +180,8 @@ class Run:
         }
         for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} holds what was saved before"
-                )
+                kept = f"{self.folder} holds what was saved before"
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
         self.epoch, self.sums = self.epoch + 1, new_sums(self.device)

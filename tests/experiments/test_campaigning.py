@@ -204,7 +204,7 @@ def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatc
     )
     campaign.main([str(plan), "--dry", "--device", "cpu", "--results", str(tmp_path / "results")])
     said = capfd.readouterr().out
-    assert "dry run 5 of 5: dry/map" in said and "the trunk is that of" in said and said.count("epoch 1/1") == 4
+    assert "dry run 5 of 5: dry/map" in said and "weights of" in said and said.count("epoch 1/1") == 4
     assert "recipe quick: folder" in said  # of the row on shapes
     assert not (tmp_path / "results").exists()
     plan.write_text(plan.read_text().replace("graph --freeze", "graph --patch-size 99 --freeze"))

@@ -179,8 +179,8 @@ def test_imagenet_weights_that_do_not_fit_or_cannot_be_had(imagenet_file, monkey
         ({"attention": "gat"}, "--attention gat: choose from none, graph"),
         ({"stem": "tiny"}, "--stem tiny: choose from cifar, imagenet"),
         ({"width": 0}, "--width 0"),
-        ({"patch_size": 8}, "--patch-size 8 does not divide the feature map of 4 x 6 after layer4"),
-        ({"patch_size": 4}, "--patch-size 4 does not divide the feature map of 4 x 6 after layer4"),
+        ({"patch_size": 8}, "--patch-size 8 does not divide the map of 4 x 6 after layer4"),
+        ({"patch_size": 4}, "--patch-size 4 does not divide the map of 4 x 6 after layer4"),
         ({"patch_size": 0}, "--patch-size 0 does not divide"),
         ({"attention": "none", "patch_size": 2}, "--attention none: --patch-size 2 requires one of graph"),
         (

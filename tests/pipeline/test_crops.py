@@ -115,7 +115,7 @@ def test_memory_and_workers_give_the_same_images(dataset, scale, capsys):
     assert sum(len(labels) for _, labels in from_memory) == 12 and from_memory[0][0].shape == (5, 3, 72, 72)
     for workers in (0, 2):
         assert same_batches(from_memory, epoch_of(dataset, scale=scale, cache_gib=0, workers=workers))
-        assert f"exceed --cache-gib 0.00: {workers} workers decode them in every epoch" in capsys.readouterr().out
+        assert f"exceed --cache-gib 0.00: {workers} workers decode them every epoch" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before)
     others = (epoch_of(dataset, scale=scale, epoch=0), epoch_of(dataset, scale=scale, seed=4))
     assert not any(same_batches(from_memory, other) for other in others)

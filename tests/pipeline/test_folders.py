@@ -143,7 +143,7 @@ def test_what_looks_like_splits_is_never_a_class(tmp_path):
     assert message("cat", "dog", "Test") == "it has Test/, but no train/ (if that is a class, rename it)"
     assert message("train/cat", "train/dog", "val/cat", "valid/cat").startswith("train/ and val/ and valid/: two")
     within = message("cat/train", "cat/test", "dog/train", "dog/test")
-    assert "/cat holds splits" in within and within.endswith("which belong above classes: train/cat/1.jpg")
+    assert "/cat holds splits" in within and within.endswith("they belong above classes: train/cat/1.jpg")
     for split in ("train", "test"):  # CIFAR-100 has trains
         write_images(tmp_path / "cifar100" / split, classes=("bus", "train"), count=1)
     assert list_folder(tmp_path / "cifar100")[0] == ["bus", "train"]
