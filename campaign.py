@@ -15,9 +15,8 @@ A plan is a TOML file: a title, rows, the number of seeds per row, and the row t
     arguments = "--epochs 5"   # or a list of strings
 
 All rows are run with seed 0 before any is run with seed 1. A row with init_from = "another row" starts from the weights
-of the other row's run with the same seed. A row with not_run = "reason" is listed, but not run; published = "89.17"
-is an accuracy that others report. [[measurements]] are
-benchmarks, or rollout.py with checkpoint = "plan/row".
+of the other row's run with the same seed. A row with not_run = "reason" is listed, but not run; published = "89.17" is
+an accuracy that others report. [[measurements]] are benchmarks, or rollout.py with checkpoint = "plan/row".
 """
 
 import math

@@ -134,17 +134,9 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
-    dataset = load_dataset(
-        args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        val_fraction=args.val_fraction,
-        test_fraction=args.test_fraction,
-        split_seed=args.split_seed,
-        cache_dir=args.cache_dir,
-        dataset_name=args.dataset_name,
-    )
+    names = ("image_size", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir", "dataset_name")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
+    dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 

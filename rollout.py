@@ -123,10 +123,10 @@ def attention_explainers(model, args):
     def explainer(method):
         return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
 
-    found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
-
     def in_training_mode(join):
         return lambda images, classes: maps_in_training_mode(model, images, join=join)
+
+    found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
 
     if "report" in found:
         found["report, column"] = explainer("report_column")

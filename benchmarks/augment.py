@@ -41,9 +41,8 @@ def our_pipeline(images, auto):
 def torchvision_pil_pipeline(images, auto):
     size, device = images.shape[2:], images.device
     policy = [v1.AutoAugment(v1.AutoAugmentPolicy.CIFAR10)] if auto else []
-    transform = v1.Compose(
-        [v1.RandomCrop(size, PADDING), v1.RandomHorizontalFlip(), *policy, v1.ToTensor(), v1.Normalize(MEAN, STD)]
-    )
+    to_float = [v1.ToTensor(), v1.Normalize(MEAN, STD)]
+    transform = v1.Compose([v1.RandomCrop(size, PADDING), v1.RandomHorizontalFlip(), *policy, *to_float])
     opened = [to_pil_image(image) for image in images.cpu()]
     return lambda: torch.stack([transform(image) for image in opened]).to(device)
 

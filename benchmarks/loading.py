@@ -49,23 +49,12 @@ def our_loading(dataset, args, device, cache_gib):
 
 
 def torchvision_loading(dataset, args, device):
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(args.image_size, scale=SCALE, ratio=RATIO),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(dataset.mean, dataset.std),
-        ]
-    )
-    loader = DataLoader(
-        ImageFolder(dataset.train.images.root / "train", transform),
-        args.batch_size,
-        shuffle=True,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
+    crop = v2.RandomResizedCrop(args.image_size, scale=SCALE, ratio=RATIO)
+    to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float])
+    images = ImageFolder(dataset.train.images.root / "train", transform)
+    workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    loader = DataLoader(images, args.batch_size, shuffle=True, pin_memory=device.type == "cuda", **workers)
     while True:
         for images, labels in loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -44,19 +44,9 @@ def timm_loader(dataset, batch_size, **options):
     """timm's loader, without workers."""
     from timm.data import create_loader
 
-    images = PilImages(dataset.train)
-    return create_loader(
-        images,
-        tuple(dataset.train.images.shape[1:]),
-        batch_size,
-        is_training=True,
-        use_prefetcher=False,
-        num_workers=0,
-        color_jitter=None,
-        mean=dataset.mean,
-        std=dataset.std,
-        **options,
-    )
+    options |= {"is_training": True, "use_prefetcher": False, "num_workers": 0, "color_jitter": None}
+    images, size = PilImages(dataset.train), tuple(dataset.train.images.shape[1:])
+    return create_loader(images, size, batch_size, mean=dataset.mean, std=dataset.std, **options)
 
 
 def peer_training(model, loader, device, steps, *, dtype=torch.float32, make=torch.optim.AdamW, mix=None, reads=False):
@@ -96,9 +86,8 @@ class ReportBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(drop), nn.Linear(2 * dim, dim), nn.Dropout(drop)
-        )
+        first, second = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.mlp = nn.Sequential(first, nn.GELU(), nn.Dropout(drop), second, nn.Dropout(drop))
 
     def forward(self, x):
         n = self.norm1(x)

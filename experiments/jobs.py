@@ -59,10 +59,9 @@ def is_trained(folder):
 
 def is_replaced(job, folder):
     """Whether a finished run is trained again from the start: its weights are gone, or it does not fit its row."""
-    finished = folder / "result.json"
-    if not finished.exists() or not (folder / "last.pt").exists():
-        return finished.exists()
-    old = read_run(finished, folder.parent)
+    if not is_trained(folder):
+        return (folder / "result.json").exists()
+    old = read_run(folder / "result.json", folder.parent)
     return bool(old and misfit(job.row, old.result))
 
 

@@ -96,12 +96,9 @@ def token_grad_cam(model, attention, images, classes):
     """
     kept = []
     hook = attention.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
-    try:
-        with torch.enable_grad():
-            logits = model(images)
-            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
-    finally:
-        hook.remove()
+    with hook, torch.enable_grad():
+        logits = model(images)
+        (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
     features = kept[-1].detach()  # (B, N, dim); the class token comes first, if there is one
     importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
     rows, columns = model.grid

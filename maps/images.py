@@ -13,7 +13,7 @@ from data import dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
 from pipeline.decoding import decode_image, decode_images
-from pipeline.large import centre_crop
+from pipeline.large import CROP_PCT, centre_crop
 from pipeline.shapes import make_shapes
 
 
@@ -76,7 +76,9 @@ def photographs(paths, checkpoint):
         raise UserError(f"--image: several files are named {repeated[0]}, and their maps would be one file; rename one")
     args, image_size = checkpoint["args"], checkpoint["image_size"]
     large = is_large(args["dataset"], image_size)
-    crop = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_image  # (path, S) -> (3, S, S) uint8
+    crop = (
+        partial(centre_crop, crop_pct=args.get("crop_pct", CROP_PCT)) if large else decode_image
+    )  # (path, S) -> (3, S, S) uint8
     explained = []
     for path in paths:
         shown = crop(path, max(256, image_size)).transpose(1, 2, 0)

@@ -4,6 +4,8 @@ Each method takes the recorded weights, a list of (B, heads, N, N), first layer 
 how much token i takes from each token of the input. Later layers multiply from the left.
 """
 
+import copy
+
 import torch
 
 from errors import UserError
@@ -151,18 +153,10 @@ def maps_in_training_mode(model, images, *, join=report):
 
     So no two layers see the same dropout masks. join makes one matrix of the layers. The model is left unchanged.
     """
-    training = model.training
-    buffers = [buffer.clone() for buffer in model.buffers()]  # BatchNorm statistics change in training mode
-    layers = []
-    try:
-        model.train()
-        with torch.no_grad(), AttentionRecorder(model) as recorder:
+    model, layers = copy.deepcopy(model).train(), []  # BatchNorm statistics change in training mode
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(images)
+        for layer in range(len(recorder.weights)):
             model(images)
-            for layer in range(len(recorder.weights)):
-                model(images)
-                layers.append(recorder.attentions[layer])
-    finally:
-        model.train(training)
-        for buffer, before in zip(model.buffers(), buffers):
-            buffer.copy_(before)
+            layers.append(recorder.attentions[layer])
     return model_maps(model, join(layers), recorder.pooling)

@@ -1,4 +1,5 @@
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -6,8 +7,15 @@ import torch
 import torchvision
 from conftest import write_images
 
-from data import Split, count_classes, describe, load_dataset, split_by_class
+from data import Split, count_classes, dataset_of, describe, load_dataset, split_by_class
 from errors import UserError
+
+
+def test_arguments_of_an_older_checkpoint_take_the_defaults(tmp_path):
+    write_images(tmp_path, classes=("ant", "bee"), count=10)
+    args = Namespace(dataset="folder", data_dir=tmp_path, image_size=8, cache_dir=tmp_path / "cache")
+    dataset = dataset_of(args, ([0.1] * 3, [0.2] * 3))
+    assert len(dataset.test.labels) == 4 and dataset.mean == [0.1] * 3 and dataset.std == [0.2] * 3
 
 
 def numbered_split(count=50, classes=5):

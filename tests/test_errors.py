@@ -3,10 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import train_vit
-from errors import UserError, command_line, run_script
+from errors import UserError, command_line, is_memory_error, run_script
 from training.arguments import given_arguments
 
 
@@ -18,6 +19,14 @@ def test_in_a_notebook_the_arguments_of_the_kernel_are_not_ours(monkeypatch):
         assert given_arguments(train_vit.vit_parser(), None) == {}
     monkeypatch.setattr(sys, "argv", ["train_vit.py", "--lr", "0.1"])  # %run train_vit.py --lr 0.1
     assert given_arguments(train_vit.vit_parser(), None) == {"lr": 0.1}
+
+
+def test_used_up_memory_is_known_whoever_says_so():
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**60, np.uint8)
+    for error in (caught.value, MemoryError(), RuntimeError("CUDA error: out of memory")):
+        assert is_memory_error(error)
+    assert not is_memory_error(RuntimeError("shape mismatch"))
 
 
 def test_a_mistake_in_a_notebook_is_one_line():

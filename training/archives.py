@@ -38,10 +38,10 @@ def read_from_outside(what_is_wrong):
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
-        raise UserError(f"{what_is_wrong} (not of torch.save, or more than tensors and plain types)") from error
     except Exception as error:
         reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch weights_only off
+            reason = "not of torch.save, or more than tensors and plain types"
         raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
 
 

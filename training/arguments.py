@@ -125,7 +125,6 @@ def resumed_arguments(parser, given, checkpoint, folder):
     """
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
     saved = vars(parser.parse_args([])) | saved
-    parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
         for name, value in given.items()

@@ -42,9 +42,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not inner:
             raise UserError("--opt muon: no weight matrix of a block is trained here; use --opt adamw")
         self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for p in inner}  # the same memory
-        muon = torch.optim.Muon(
-            self.matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        options = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        muon = torch.optim.Muon(self.matrices.values(), **options)
         groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=inner)
         self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, fused=True)}
         super().__init__(self.outer_groups(), {})
