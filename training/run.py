@@ -124,7 +124,7 @@ class Run:
         --patience without validation images.
         """
         if self.args.patience and not self.dataset.val:
-            raise UserError(f"--patience {self.args.patience} needs validation images, say by --val-fraction 0.1")
+            raise UserError(f"--patience {self.args.patience} needs validation images: --val-fraction 0.1")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
