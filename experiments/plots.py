@@ -58,10 +58,11 @@ def draw_groups(path, groups, *, by):
         raise UserError(f"--plot {path}: none of these runs has its log (.csv) beside its JSON")
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy (%), mean ± standard deviation over seeds")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    print(path)
 
 
 def draw_scores(path, groups):
@@ -95,3 +96,4 @@ def draw_scores(path, groups):
     axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    print(path)

@@ -73,7 +73,9 @@ def read_runs(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--results {folder}: there is no such folder")
-    paths = [path for path in sorted(folder.rglob("*.json")) if path.relative_to(folder).parts[0] not in OTHER_RESULTS]
+    paths = [
+        path for path in sorted(folder.rglob("*.json")) if not {*path.relative_to(folder).parts} & {*OTHER_RESULTS}
+    ]
     runs = [run for path in paths if (run := read_run(path, folder))]
     return sorted(runs, key=lambda run: (run.name, run.result["seed"]))
 
@@ -89,8 +91,8 @@ def group_runs(runs, *, by_name=True):
         what = [run.result[key] for key in ("script", "params", "dataset_name", "data_hash")]
         what += [run.name if by_name else None, re.sub(r"-seed-\d+$", "", run.result.get("init_from") or "")]
         group = groups.setdefault(json.dumps([args, what], sort_keys=True), Group(run.name, []))
-        if any(run.result["seed"] == other.result["seed"] for other in group.runs):
-            warn(f"{run.path} is left out: {run.name} has another run with seed {run.result['seed']}")
+        if same := [other.path for other in group.runs if run.result["seed"] == other.result["seed"]]:
+            warn(f"{run.path} is left out: {same[0]} has the same arguments and seed")
         else:
             group.runs.append(run)
     return list(groups.values())
@@ -118,7 +120,8 @@ def find_group(groups, name, folder):
     found = [group for group in groups if group.name == key]
     found = found or [group for group in groups if group.name.endswith(f"/{key}")]
     if not found:
-        raise UserError(f"{name}: there is no such run in {folder}; `python compare.py` lists the runs")
+        advice = "`python compare.py` lists the runs"
+        raise UserError(f"{name}: there is no such folder, and no such run in {folder}; {advice}")
     if len(found) > 1:
         files = ", ".join(str(group.runs[0].path) for group in found)
         raise UserError(f"{name} matches {len(found)} groups of runs; name a file of one: {files}")

@@ -107,7 +107,7 @@ def check_shapes(weights, own, names, *, flag):
     ]
     if wrong:
         listed = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
-        raise UserError(f"{flag}: the weights do not fit the model: {listed}")
+        raise UserError(f"{flag}: the weights do not fit the model, or need other model flags: {listed}")
 
 
 def resize_positions(embedding, grid, class_tokens):

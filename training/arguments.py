@@ -125,6 +125,7 @@ def resumed_arguments(parser, given, checkpoint, folder):
     """
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
     saved = vars(parser.parse_args([])) | saved
+    parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
         for name, value in given.items()
@@ -132,6 +133,6 @@ def resumed_arguments(parser, given, checkpoint, folder):
     ]
     if different:
         if "epochs" in given:
-            different.append(f"to train its weights for longer, start a new run: --init-from {folder}")
+            different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})

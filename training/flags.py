@@ -60,6 +60,17 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
+    def check_values(self, values):
+        """Raises UserError for a value, by its flag, that the command line would not have taken."""
+        argv = []
+        for action in self._actions:
+            value, needed = values.get(action.dest), action.nargs is None and action.default is not None
+            if isinstance(value, list):
+                argv += [action.option_strings[0], *map(str, value)]
+            elif action.nargs != 0 and (value is not None or needed):
+                argv.append(f"{action.option_strings[0]}={value}")
+        self.parse_args(argv)
+
 
 class TrainingParser(Parser):
     """A parser of many flags whose help shows the ESSENTIAL ones."""

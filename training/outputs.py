@@ -102,7 +102,7 @@ def draw_curves(path, history, args):
             axes.axvline(epoch - 0.5, color="grey", linestyle=":", label=label_once)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

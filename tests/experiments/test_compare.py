@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
         "list.json",
         "it has no script",
         "test_accuracy has the wrong type",
-        "alone has another run with seed 0",
+        "has the same arguments and seed",
     ):
         assert said in "\n".join(warnings)
 
@@ -467,7 +467,11 @@ def test_scores_are_of_cifar100_with_both_counts(measured, capsys):
     out = lines_of(capsys, "--results", measured, "--score", "--plot", measured / "score.png")
     assert out[1].split() == ["harder", "75.00", "%", "1", "1,000,000", "500", "-", "-", "here"]
     assert out[2].split() == ["hard", "72.00", "%", "2", "1,000,000", "200", "800,000", "250", "here"]
-    assert len(out) == 3 + len(PUBLISHED) and Image.open(measured / "score.png").size == (960, 660)
+    assert (
+        len(out) == 4 + len(PUBLISHED)
+        and out[-1].endswith("score.png")
+        and Image.open(measured / "score.png").size == (960, 660)
+    )
     lines_of(capsys, "--results", measured / "drop", "--score", "--plot", measured / "published.png")
 
 
@@ -488,7 +492,7 @@ def test_curves(measured, capsys, tmp_path):
 
 
 BAD_COMPARISONS = {
-    "there is no such run in": ["nothing"],
+    "nothing: there is no such folder, and no such run in": ["nothing"],
     "matches 2 groups of runs; name a file of one": ["plain"],
     "x.toml cannot be read": ["x.toml"],
     "speed.toml has no rows to compare": ["plans/speed.toml"],
