@@ -14,8 +14,9 @@ class UserError(ValueError):
 
 def command_line():
     """The arguments of this process; none in a notebook, where they are the kernel's own."""
-    from_kernel = "ipykernel" in sys.modules and any("kernel" in part for part in sys.argv[0].split(os.sep)[-2:])
-    return [] if from_kernel else sys.argv[1:]
+    folder, name = os.path.split(sys.argv[0])
+    from_kernel = "kernel" in name or os.path.basename(folder) == "ipykernel"
+    return [] if from_kernel and "ipykernel" in sys.modules else sys.argv[1:]
 
 
 def is_memory_error(error):

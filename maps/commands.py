@@ -96,6 +96,14 @@ def scores_text(table):
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def read_table(path):
+    """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     """Evaluate explainers (see evaluate) and the baselines on --num-images images, evenly spread over --split.
 
@@ -136,8 +144,8 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "patches": list(model.grid),
     }
     path = out / "evaluation.json"
-    if path.exists():
-        before = json.loads(path.read_text())
+    before = read_table(path)
+    if before:
         if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
             print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
         else:

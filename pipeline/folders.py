@@ -21,7 +21,7 @@ from pipeline.decoding import decode_images
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # what their folders may be called, in any case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-RUN_FILES = ("last.pt", "last.prev.pt", "split.csv")  # what training leaves in the folder of a run
+RUN_FILES = ("last.pt", "last.prev.pt")  # what training leaves in the folder of a run
 DECODING = 2  # part of a cache's key: raise it when a file gives other pixels than before
 
 
@@ -33,6 +33,7 @@ def find_splits(root):
     """
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
+    check_unclear_splits(root)
     found = [(split, name) for name in subfolders(root) for split in SPLITS if name.lower() in SPLITS[split]]
     named = " and ".join(f"{name}/" for _, name in found)
     folders = {split: root / name for split, name in found}
@@ -44,7 +45,10 @@ def find_splits(root):
     if first in ("val", "test"):
         raise UserError(f"--data-dir {root}: it has {named}, but no train/ (if that is a class, rename it)")
     if first == "train" and not names:
-        raise UserError(f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg")
+        raise UserError(
+            f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg"
+            " (if it is a class itself, rename it)"
+        )
     if first == "train" and len(folders) == 1:
         raise UserError(f"--data-dir {root}: it has {named}, but no test/ or val/ beside it")
     for split, others in classes.items():
@@ -57,6 +61,19 @@ def find_splits(root):
     if "val" in folders and "test" not in folders:
         folders["test"] = folders.pop("val")
     return names, folders
+
+
+def check_unclear_splits(root):
+    """Raises UserError for folders such as seg_train/ and seg_test/, which are splits or classes."""
+    meant = {}  # {folder: the split that a word of its name says}
+    for name in subfolders(root):
+        for split in SPLITS:
+            if {*re.split(r"[\W_\d]+", name.lower())} & {*SPLITS[split]}:
+                meant[name] = split
+    unclear = [name for name, split in meant.items() if name.lower() not in SPLITS[split]]
+    if unclear and len(set(meant.values())) > 1:
+        names = " and ".join(f"{name}/" for name in meant)
+        raise UserError(f"--data-dir {root}: {names} look like splits: name them train/ and test/, with class folders")
 
 
 def read_folder(root, image_size, cache_dir=None):
@@ -103,7 +120,7 @@ def subfolders(folder):
     return sorted(entry.name for entry in found if entry.name != "checkpoints" and not holds_runs(entry))
 
 
-def holds_runs(folder, depth=1):
+def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
             if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
@@ -112,7 +129,7 @@ def holds_runs(folder, depth=1):
 
 
 def list_images(folder, skipped):
-    """(path, size in bytes, modification time) of all images below a folder, sorted.
+    """(path, size in bytes, modification time and inode) of all images below a folder, sorted.
 
     Appends the paths of what is not read to the lists in skipped, {kind: paths}. Raises UserError without any image,
     and if there are splits below the class folder.
@@ -133,7 +150,7 @@ def list_images(folder, skipped):
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
             if stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size, status.st_mtime_ns))
+                found.append((path, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}"))
             else:
                 skipped["no regular file"].append(path)
     if not found:
@@ -182,7 +199,7 @@ def default_cache_dir():
 
 
 def cached_array(root, name, files, make, cache_dir):
-    """make(), or its cached result if no path, size or modification time in `files` has changed since.
+    """make(), or its cached result if nothing in `files` (see list_images) has changed since.
 
     The cache keeps one file per root and name.
     """

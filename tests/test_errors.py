@@ -17,7 +17,7 @@ def test_in_a_notebook_the_arguments_of_the_kernel_are_not_ours(monkeypatch):
     for kernel in ("packages/ipykernel_launcher.py", "packages/colab_kernel_launcher.py", "ipykernel/__main__.py"):
         monkeypatch.setattr(sys, "argv", [f"/usr/lib/{kernel}", "-f", "/root/kernel-1.json"])
         assert given_arguments(train_vit.vit_parser(), None) == {}
-    monkeypatch.setattr(sys, "argv", ["train_vit.py", "--lr", "0.1"])  # %run train_vit.py --lr 0.1
+    monkeypatch.setattr(sys, "argv", ["kernels/train_vit.py", "--lr", "0.1"])  # %run train_vit.py --lr 0.1
     assert given_arguments(train_vit.vit_parser(), None) == {"lr": 0.1}
 
 

@@ -36,7 +36,7 @@ def read_from_outside(what_is_wrong):
     """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__

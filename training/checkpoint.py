@@ -172,7 +172,9 @@ def check_same_images(checkpoint, run):
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
-    if then is None:  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
+    if not isinstance(
+        then, dict
+    ):  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
     names = {"train": "training", "val": "validation", "test": "test"}
@@ -192,6 +194,8 @@ def restore_training(checkpoint, run):
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])
         run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
+        if run.epoch != len(run.history):
+            raise ValueError(f"{run.epoch} epochs, and a history of {len(run.history)}")
         for name, value in checkpoint["sums"].items():
             name = "images" if name == "pictures" else name  # as older versions called it
             run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value

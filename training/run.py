@@ -88,8 +88,11 @@ def finished_result(folder):
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
-    print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+    try:
+        result = json.loads(path.read_text())
+        print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result
 
 

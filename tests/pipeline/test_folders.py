@@ -1,5 +1,6 @@
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -139,7 +140,11 @@ def test_what_looks_like_splits_is_never_a_class(tmp_path):
             list_folder(root)
         return str(raised.value).removeprefix(f"--data-dir {root}: ").replace(str(root), "")
 
-    assert message("train", "test") == "train/ has no class folders, as in train/cat/1.jpg"
+    assert message("train", "test").startswith("train/ has no class folders, as in train/cat/1.jpg (if it is a class")
+    for names in (("seg_train/seg_train/sea", "seg_test/seg_test/sea"), ("train1", "test1"), ("train", "test data")):
+        assert message(*names).endswith("look like splits: name them train/ and test/, with class folders")
+    for names in (("train station", "bus stop"), ("trained", "tested"), ("train station", "train track")):
+        assert find_splits(write_images(tmp_path / "-".join(names), classes=names, count=1))[0] == sorted(names)
     assert message("cat", "dog", "Test") == "it has Test/, but no train/ (if that is a class, rename it)"
     assert message("train/cat", "train/dog", "val/cat", "valid/cat").startswith("train/ and val/ and valid/: two")
     within = message("cat/train", "cat/test", "dog/train", "dog/test")
@@ -149,12 +154,28 @@ def test_what_looks_like_splits_is_never_a_class(tmp_path):
     assert list_folder(tmp_path / "cifar100")[0] == ["bus", "train"]
 
 
+def test_swapped_folders_are_decoded_again(tmp_path):
+    """Also if all files have one size and one time, as bitmaps that were unpacked together."""
+    root = tmp_path / "pets"
+    for grey, name in ((0, "cat"), (255, "dog")):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (grey,) * 3).save(root / name / "1.bmp")
+        os.utime(root / name / "1.bmp", (0, 0))
+    read = partial(read_folder, root, 8, tmp_path / "cache")
+    before = read()[1]["all"][0]
+    for old, new in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        (root / old).rename(root / new)
+    assert torch.equal(read()[1]["all"][0], before.flip(0))
+
+
 def test_runs_in_the_folder_are_no_classes(tmp_path):
     root = write_images(tmp_path / "pets", count=1)
     for run in ("checkpoints/vit/maps", "mine", "runs/vit-2"):
         write_images(root, classes=(run,), count=1)
     (root / "mine" / "last.pt").touch()
-    (root / "runs" / "vit-2" / "split.csv").touch()
+    (root / "runs" / "plan" / "vit-2").mkdir(parents=True)
+    (root / "runs" / "plan" / "vit-2" / "last.prev.pt").touch()
+    (root / "dog" / "split.csv").touch()  # this is a class nevertheless
     assert find_splits(root)[0] == ["cat", "dog"]
 
 
