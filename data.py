@@ -13,7 +13,7 @@ from torchvision.transforms.functional import resize
 
 from errors import UserError
 from pipeline.crops import images_in_memory
-from pipeline.decoding import by_all_cores
+from pipeline.decoding import both_sides, by_all_cores
 from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
@@ -24,7 +24,7 @@ SAMPLE = 2000  # the number of large images from which mean and standard deviati
 
 
 class Split(NamedTuple):
-    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8; LargeImages in a training split if is_large
+    images: torch.Tensor | LargeImages  # (N, C, H, W) uint8; LargeImages in a training split if is_large
     labels: torch.Tensor  # (N,) int64
     names: np.ndarray  # (N,) file names, or indices in the published dataset
 
@@ -54,6 +54,15 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
 
+    def learnt_by_heart(self, count):
+        """`count` of the training images, evenly spread, which are the test images as well."""
+        if count > (most := len(self.train.labels)):
+            raise UserError(f"--overfit {count}: there are {most:,} training images")
+        train = self.train.pick(torch.arange(count) * most // count)
+        large = isinstance(train.images, LargeImages)
+        test = train._replace(images=train.images.centre_crops("overfit")) if large else train
+        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
+
     def splits(self):
         """{"train", "val" if there is one, "test": Split}."""
         return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
@@ -67,8 +76,8 @@ def count_classes(name, data_dir):
 
 
 def is_large(name, image_size):
-    """Whether a dataset's images keep their shape and are cropped (see large.py), rather than resized to a square."""
-    return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
+    """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
+    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -77,6 +86,7 @@ def load_dataset(
     *,
     data_dir,
     image_size,
+    channels=3,
     crop_pct=CROP_PCT,
     val_fraction=0.0,
     test_fraction=0.2,
@@ -84,7 +94,7 @@ def load_dataset(
     cache_dir=None,
     dataset_name=None,
 ):
-    """The images of a dataset, resized to image_size x image_size, as a Dataset.
+    """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
     val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
     that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
@@ -95,12 +105,12 @@ def load_dataset(
     if name == "folder":
         folder = Path(data_dir).resolve()
     elif name in IMAGENETTES:
-        folder = find_imagenette(name, data_dir, image_size)
+        folder = find_imagenette(name, data_dir, max(both_sides(image_size)))
     elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
         folder = Path(data_dir, name)
     if folder:
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
-        classes, splits = read(folder, image_size, cache_dir)
+        classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
@@ -134,9 +144,12 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
-    names = ("image_size", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir", "dataset_name")
+    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
+    names += ("dataset_name",)
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
+    if getattr(args, "overfit", None):
+        dataset = dataset.learnt_by_heart(args.overfit)
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -165,10 +178,11 @@ def read_cifar(name, data_dir):
 
 
 def resized(images, size):
-    """Images (N, 3, H, W) uint8 resized to (N, 3, size, size), with antialiasing."""
-    if images.shape[2:] == (size, size):
+    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
+    sides = both_sides(size)
+    if images.shape[2:] == sides:
         return images
-    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in images.split(1000)])
+    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
 
 
 def split_by_class(split, fraction, classes, *, seed, flag):
@@ -197,8 +211,8 @@ def channel_statistics(images):
 
 
 def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, 3, H, W) uint8."""
-    count, (total, squares) = 0, torch.zeros(2, 3, dtype=torch.int64)
+    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
+    count, total, squares = 0, 0, 0
     for chunk in chunks:
         chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
         count += chunk.shape[1]

@@ -26,6 +26,7 @@ from models.xresnet import XRESNETS
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
+from pipeline.proposals import implied_dataset
 from seeding import seed_for
 from training.arguments import start_run
 from training.checkpoint import start_from_weights
@@ -141,16 +142,14 @@ def resnet_parser():
 
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
-    name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "survey")
-    changes = {}
-    if name == "woof":  # fastai's presize: 32 pixels more than the image size
-        size = given.get("image_size", WOOF["image_size"])
+    dataset = implied_dataset(given)
+    name = given.get("recipe", "quick" if dataset == "shapes" else "survey")
+    changes, size = {}, given.get("image_size", WOOF["image_size"])
+    if name == "woof" and isinstance(size, int):  # fastai's presize: 32 pixels more than the image size
         changes = {"crop_pct": size / (size + 32)}
-    if name == "strong" and given.get("epochs", SHORT) < SHORT:
-        changes = LIGHT
-    if name == "strong" and given.get("dataset") in IMAGENETTES:
-        changes = LARGE
-    return name, RECIPES[name] | changes
+    if name == "strong" and (dataset in IMAGENETTES or given.get("epochs", SHORT) < SHORT):
+        changes = LARGE if dataset in IMAGENETTES else LIGHT
+    return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 
 def check_start(args):
@@ -198,7 +197,7 @@ def main(argv=None):
     print_model(args.model, model, "positions")
     statistics = start_from_trunk(model, args, checkpoint)
     if args.summary:
-        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
+        return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args, statistics)

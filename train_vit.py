@@ -31,6 +31,7 @@ from models.summary import summarize
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
+from pipeline.proposals import implied_dataset
 from seeding import seed_for
 from training.arguments import start_run
 from training.checkpoint import start_from_weights
@@ -129,12 +130,13 @@ def vit_parser():
 
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
-    name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "report")
+    dataset = implied_dataset(given)
+    name = given.get("recipe", "quick" if dataset == "shapes" else "report")
     changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
-    large = given.get("dataset") in ("folder", *IMAGENETTES)
+    large = dataset in ("folder", *IMAGENETTES)
     if large and given.get("model", RECIPES[name]["model"]) == "vit_b_16":
         changes = {"image_size": 224}  # the model's own: it would enlarge smaller images
-    return name, RECIPES[name] | changes
+    return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 
 def start_from(model, args, checkpoint):
@@ -173,7 +175,7 @@ def main(argv=None):
     print_model(args.model, model, "patches")
     statistics = start_from(model, args, checkpoint) if args.pretrained or args.init_from else None
     if args.summary:
-        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
+        return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
     dataset = dataset_of(args, statistics)

@@ -31,9 +31,9 @@ def subplots(rows, columns, *, width, height):
 
 
 def show_image(axes, image, title, one_map=None, *, alpha=0.6, interpolation="bilinear"):
-    """Draw an image (H, W, 3), with a map (rows, columns) over it as shares of the map's maximum; alpha=1 hides it."""
+    """Draw an image (H, W, C), with a map (rows, columns) over it as shares of the map's maximum; alpha=1 hides it."""
     extent = (0, image.shape[1], image.shape[0], 0)
-    axes.imshow(image, extent=extent)
+    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)  # the last three for one channel alone
     if one_map is not None:
         shares = one_map / max(one_map.max(), 1e-30)
         axes.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, alpha=alpha, interpolation=interpolation, extent=extent)
@@ -49,7 +49,7 @@ def add_colour_bar(figure, grid, *, aspect, label="share of the map's maximum"):
 def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=150):
     """One row per image: the image, then the map of each method over it; a single method is also drawn alone.
 
-    images are (H, W, 3) uint8, captions their titles, maps a list of {method: (rows, columns)}.
+    images are (H, W, C) uint8, captions their titles, maps a list of {method: (rows, columns)}.
     """
     methods = list(maps[0])
     columns = [(method, method.replace("_", " "), 0.6) for method in methods]
@@ -93,22 +93,22 @@ def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=1
 
 
 def cut_into_patches(model, pixels):
-    """An image (3, H, W) uint8 as the model cuts it: (its patches, with white gaps between them; put back together).
+    """An image (C, H, W) uint8 as the model cuts it: (its patches, with white gaps between them; put back together).
 
-    Both are (3, height, width). Raises UserError if the model cuts no patches.
+    Both are (C, height, width). Raises UserError if the model cuts no patches.
     """
     if not hasattr(model, "patch_size"):
         raise UserError(f"--patches: {type(model).__name__} does not cut an image into patches, as vit does")
     p, grid = model.patch_size, model.grid
     image = F.pad(pixels[None], getattr(model, "padding", (0, 0, 0, 0)), value=128)  # grey for the mean colour
     image = F.interpolate(image, [cells * p for cells in grid], mode="bilinear")  # vit_b_16 enlarges its images
-    patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, 3 * p * p)
-    apart = F.pad(patches.unflatten(2, (3, p, p)), (0, gap, 0, gap), value=255).flatten(2)
+    patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, C * p * p)
+    apart = F.pad(patches.unflatten(2, (-1, p, p)), (0, gap, 0, gap), value=255).flatten(2)
     return from_patches(apart, p + gap, grid)[0, :, :-gap, :-gap], from_patches(patches, p, grid)[0]
 
 
 def draw_patches(path, model, pixels, *, dpi=150):
-    """An image (3, H, W) uint8, the patches that the model cuts it into, and these put back together."""
+    """An image (C, H, W) uint8, the patches that the model cuts it into, and these put back together."""
     apart, together = cut_into_patches(model, pixels)
     rows, columns = model.grid
     titles = ("the image", f"{rows} x {columns} patches of {model.patch_size} pixels", "put back together")

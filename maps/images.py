@@ -12,22 +12,24 @@ import torch.nn.functional as F
 from data import dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
-from pipeline.decoding import decode_image, decode_images
+from pipeline.decoding import both_sides, decode_image, decode_images
 from pipeline.large import CROP_PCT, centre_crop
 from pipeline.shapes import make_shapes
 
 
 class Explained(NamedTuple):
     name: str  # begins the names of the files that are written
-    shown: np.ndarray  # (H, W, 3) uint8, for figures
-    pixels: torch.Tensor  # (3, S, S) uint8, for the model
+    shown: np.ndarray  # (H, W, C) uint8, for figures
+    pixels: torch.Tensor  # (C, H, W) uint8, for the model
     label: int | None  # None for a photograph
 
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
+    newer = {"channels": 3, "overfit": None}  # than some checkpoints
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
-    return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in places.items() if path}))
+    places = {name: path for name, path in places.items() if path}
+    return dataset_of(SimpleNamespace(**newer | checkpoint["args"] | places))
 
 
 def find_split(dataset, name):
@@ -38,11 +40,11 @@ def find_split(dataset, name):
 
 
 def images_at(images, indices):
-    """A split's images at these indices, (N, 3, S, S) uint8; large training images are cropped as test images are."""
+    """A split's images at these indices, (N, C, H, W) uint8; large training images are cropped as test images are."""
     if torch.is_tensor(images):
         return images[indices]
     crop = partial(centre_crop, crop_pct=images.crop_pct)
-    return torch.from_numpy(decode_images(images.files[indices, 0], images.image_size, crop))
+    return torch.from_numpy(decode_images(images.files[indices, 0], images.image_size, crop, channels=images.channels))
 
 
 def chosen_images(dataset, split="test", *, indices=None, class_name=None, count=4):
@@ -76,24 +78,25 @@ def photographs(paths, checkpoint):
         raise UserError(f"--image: several files are named {repeated[0]}, and their maps would be one file; rename one")
     args, image_size = checkpoint["args"], checkpoint["image_size"]
     large = is_large(args["dataset"], image_size)
-    crop = (
-        partial(centre_crop, crop_pct=args.get("crop_pct", CROP_PCT)) if large else decode_image
-    )  # (path, S) -> (3, S, S) uint8
+    crop = partial(centre_crop, crop_pct=args.get("crop_pct", CROP_PCT)) if large else decode_image
+    crop = partial(crop, channels=len(checkpoint["mean"]))  # (path, size) -> (C, H, W) uint8
+    sides = both_sides(image_size)
+    larger = [round(side * max(1, 256 / max(sides))) for side in sides]
     explained = []
     for path in paths:
-        shown = crop(path, max(256, image_size)).transpose(1, 2, 0)
+        shown = crop(path, larger[0] if large else larger).transpose(1, 2, 0)
         explained.append(Explained(path.stem, shown, torch.tensor(crop(path, image_size)), None))
     return explained
 
 
 def normalised(pixels, checkpoint, device="cpu"):
-    """Images (B, 3, S, S) uint8 on the device, normalised by the checkpoint's mean and std."""
+    """Images (B, C, H, W) uint8 on the device, normalised by the checkpoint's mean and std."""
     mean, std = (torch.tensor(checkpoint[key], device=device) for key in ("mean", "std"))
     return normalize(pixels.to(device), mean, std)
 
 
 def object_masks(checkpoint, dataset, indices, split="test"):
-    """(masks, outlines), each (N, S, S) bool, of a split's images of `shapes`; (None, None) for other datasets."""
+    """(masks, outlines), each (N, H, W) bool, of a split's images of `shapes`; (None, None) for other datasets."""
     if checkpoint["args"]["dataset"] != "shapes":
         return None, None
     shapes = make_shapes(split)

@@ -11,17 +11,17 @@ from errors import UserError
 from models.attention import AttentionSpec, Dropout, Mlp, make_attention
 
 
-def conv_tokenizer(embed_dim, *, kernel_size, layers):
-    """The tokenizer of CCT: images (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
+def conv_tokenizer(embed_dim, *, kernel_size, layers, in_channels=3):
+    """The tokenizer of CCT: images (B, in_channels, H, W) to feature maps (B, embed_dim, rows, columns).
 
     Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all except the last have 64 channels. The
     published code has ReLU before the pooling: the same result for four times the work.
     """
-    widths = [3] + [64] * (layers - 1) + [embed_dim]
+    widths = [in_channels] + [64] * (layers - 1) + [embed_dim]
     options = {"stride": max(1, kernel_size // 2 - 1), "padding": kernel_size // 2, "bias": False}
     modules = []
-    for in_channels, out_channels in zip(widths, widths[1:], strict=False):
-        modules += [nn.Conv2d(in_channels, out_channels, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
+    for before, after in zip(widths, widths[1:], strict=False):
+        modules += [nn.Conv2d(before, after, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
     return nn.Sequential(*modules)
 
 
@@ -63,7 +63,7 @@ class SequencePooling(nn.Module):
 
 
 class CompactTransformer(nn.Module):
-    """A compact transformer (Hassani et al. 2021): images (B, 3, H, W) to logits (B, num_classes).
+    """A compact transformer (Hassani et al. 2021): images (B, C, H, W) to logits (B, num_classes).
 
     image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else a convolution of
     kernel = stride = patch_size. positional_embedding is "learnable", "sine" or "none". class_token replaces sequence
@@ -77,6 +77,7 @@ class CompactTransformer(nn.Module):
         self,
         *,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         embed_dim=256,
         depth=6,
@@ -94,9 +95,10 @@ class CompactTransformer(nn.Module):
     ):
         super().__init__()
         if kernel_size:
-            self.tokenizer = conv_tokenizer(embed_dim, kernel_size=kernel_size, layers=conv_layers)
+            options = {"kernel_size": kernel_size, "layers": conv_layers, "in_channels": in_channels}
+            self.tokenizer = conv_tokenizer(embed_dim, **options)
         else:
-            self.tokenizer = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+            self.tokenizer = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
         self.grid = token_grid(self.tokenizer, image_size)
         tokens = self.grid[0] * self.grid[1] + class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -159,9 +161,10 @@ def token_grid(tokenizer, image_size):
         for side in sides:
             if side % patch:
                 raise UserError(f"--image-size {side}: must be a multiple of {patch}, the side of a patch")
-    grid = tuple(tokenizer(torch.zeros(1, 3, *sides)).shape[2:])
+    channels = next(tokenizer.parameters()).shape[1]
+    grid = tuple(tokenizer(torch.zeros(1, channels, *sides)).shape[2:])
     if max(grid) == 1:
-        enough = next(s for s in itertools.count(max(sides)) if tokenizer(torch.zeros(1, 3, s, s)).shape[2] > 1)
+        enough = next(s for s in itertools.count(max(sides)) if tokenizer(torch.zeros(1, channels, s, s)).shape[2] > 1)
         raise UserError(f"--image-size {max(sides)} is too small: the image is a single token; use {enough} or more")
     return grid
 

@@ -63,7 +63,7 @@ class NanoBlock(nn.Module):
 class NanoTransformer(nn.Module):
     """Inverted residuals down to a quarter of the image's side, then attention blocks, each applied `repeats` times.
 
-    Images (B, 3, H, W) to logits (B, num_classes). Applying a block twice (Lan et al. 2020, ALBERT) adds depth without
+    Images (B, C, H, W) to logits (B, num_classes). Applying a block twice (Lan et al. 2020, ALBERT) adds depth without
     parameters: with 100 classes the defaults have 466,517. Raises UserError if the image is too small.
     """
 
@@ -73,6 +73,7 @@ class NanoTransformer(nn.Module):
         self,
         *,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         width=48,
         expansion=3,
@@ -88,7 +89,7 @@ class NanoTransformer(nn.Module):
     ):
         super().__init__()
         self.tokenizer = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.MaxPool2d(3, 2, 1),
             nn.GELU(),

@@ -23,8 +23,10 @@ class PretrainedViT(nn.Module):
     grid, patch_size, side = (14, 14), 16, 224
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
 
-    def __init__(self, *, num_classes=10, drop=0.0):
+    def __init__(self, *, in_channels=3, num_classes=10, drop=0.0):
         super().__init__()
+        if in_channels != 3:
+            raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
     def forward(self, images):
@@ -111,10 +113,13 @@ def check_shapes(weights, own, names, *, flag):
 
 
 def resize_positions(embedding, grid, class_tokens):
-    """A positional embedding (1, N, dim) of class_tokens and then a square grid, resized to another grid."""
+    """A positional embedding (1, N, dim) of class_tokens and then a square grid, resized to another grid.
+
+    One of as many cells as the grid has is taken as it is.
+    """
     first, cells = embedding[:, :class_tokens], embedding[:, class_tokens:]
     side = round(cells.shape[1] ** 0.5)
-    if side * side != cells.shape[1] or (side, side) == grid:
+    if side * side != cells.shape[1] or cells.shape[1] == grid[0] * grid[1]:
         return embedding
     cells = F.interpolate(cells.mT.unflatten(2, (side, side)), grid, mode="bilinear")  # (1, dim, rows, columns)
     return torch.cat([first, cells.flatten(2).mT], dim=1)  # (1, class_tokens + rows * columns, dim)

@@ -58,10 +58,12 @@ def load_imagenet_trunk(model):
     """Put torchvision's ImageNet weights into the trunk of a ResNet. Returns the names that were left out.
 
     These are the head's, and with the "cifar" stem the first convolution's. Raises UserError if the weights cannot be
-    downloaded, and if the model's width is not 64.
+    downloaded, and if the model's width is not 64 or its images do not have 3 channels.
     """
     if model.conv1.out_channels != 64:
         raise UserError(f"--pretrained: the weights require --width 64, not {model.conv1.out_channels}")
+    if model.conv1.in_channels != 3:
+        raise UserError(f"--pretrained: the weights require --channels 3, not {model.conv1.in_channels}")
     values = download_weights(torchvision.models.get_model_weights(f"resnet{model.depth}").IMAGENET1K_V1)
     # older files lack BatchNorm's counters
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
@@ -105,7 +107,7 @@ def residual_stage(block, in_channels, planes, *, count, stride):
 
 
 class ResNet(TrunkAndHead):
-    """torchvision's ResNet (He et al. 2016) on images (B, 3, H, W), with attention after one of its stages.
+    """torchvision's ResNet (He et al. 2016) on images (B, C, H, W), with attention after one of its stages.
 
     image_size is a number of pixels or (height, width). The stem is torchvision's, "imagenet", or "cifar" (3x3, no
     stride, no pooling), the default up to 64 pixels. width is the number of channels in the first stage, or a quarter
@@ -119,6 +121,7 @@ class ResNet(TrunkAndHead):
         *,
         depth=18,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         stem=None,
         width=64,
@@ -146,17 +149,17 @@ class ResNet(TrunkAndHead):
 
         block, counts = RESNET_BLOCKS[depth]
         kernel_size, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(3, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
         channels = {}
-        in_channels = width
+        before = width
         for i, (name, count) in enumerate(zip(STAGES, counts)):
-            setattr(self, name, residual_stage(block, in_channels, width * 2**i, count=count, stride=2 if i else 1))
-            in_channels = channels[name] = width * 2**i * block.expansion
+            setattr(self, name, residual_stage(block, before, width * 2**i, count=count, stride=2 if i else 1))
+            before = channels[name] = width * 2**i * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

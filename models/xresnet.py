@@ -44,7 +44,7 @@ class XResBlock(nn.Module):
 
 
 class XResNet(TrunkAndHead):
-    """XResNet on images (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
+    """XResNet on images (B, C, H, W): a stem of three convolutions, four stages, a linear head on the mean.
 
     attention is "none", "sagan" or "simple", in the last block of each stage in attention_in, between its last
     normalisation and the skip connection (github.com/sdoria/SimpleSelfAttention, 2019). Today's fastai has stem_widths
@@ -58,6 +58,7 @@ class XResNet(TrunkAndHead):
         *,
         depth=50,
         image_size=128,
+        in_channels=3,
         num_classes=10,
         stem_widths=(32, 64, 64),
         attention="none",
@@ -69,20 +70,20 @@ class XResNet(TrunkAndHead):
         if len(stem_widths) != 3:
             raise UserError(f"--stem-widths {' '.join(map(str, stem_widths))}: must be three numbers, such as 32 64 64")
         expansion, counts = XRESNET_BLOCKS[depth]
-        stem = zip((3, *stem_widths), stem_widths, (2, 1, 1))
+        stem = zip((in_channels, *stem_widths), stem_widths, (2, 1, 1))
         self.stem = nn.Sequential(*(conv_bn(before, after, 3, stride=stride) for before, after, stride in stem))
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = dict(zip(STAGES, (64 * expansion * 2**i for i in range(4))))
-        in_channels = stem_widths[-1]
+        width = stem_widths[-1]
         for name, count in zip(STAGES, counts):
             blocks = []
             for i in range(count):
                 stride = 2 if i == 0 and name != "layer1" else 1
-                blocks.append(XResBlock(in_channels, channels[name], expansion=expansion, stride=stride))
-                in_channels = channels[name]
+                blocks.append(XResBlock(width, channels[name], expansion=expansion, stride=stride))
+                width = channels[name]
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

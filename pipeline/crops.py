@@ -1,5 +1,6 @@
 """Random crops of images of any shape, in batches: from memory, or by workers that decode the files."""
 
+import math
 import os
 import signal
 from contextlib import contextmanager, suppress
@@ -48,8 +49,8 @@ def antialiasing_matrices(lengths, size, longest):
     return weights / weights.sum(2, keepdim=True)
 
 
-def cut_together(buffer, starts, widths, boxes, size):
-    """Crop a box from each of B images and resize it: (B, 3, size, size) uint8, without a loop over the images.
+def cut_together(buffer, starts, widths, boxes, size, channels=3):
+    """Crop a box from each of B images and resize it: (B, C, size, size) uint8, without a loop over the images.
 
     buffer is that of LargeImages.decode_all; starts (B,) is where each image begins in it. starts, widths and boxes are
     on the host. The result differs from torchvision's resized_crop by at most one grey level.
@@ -57,13 +58,13 @@ def cut_together(buffer, starts, widths, boxes, size):
     top, left, height, width = boxes.unbind(1)
     tallest, widest = height.max().item(), width.max().item()
     rows = top[:, None] + torch.arange(tallest).minimum(height[:, None] - 1)  # (B, tallest)
-    first = (starts[:, None] + 3 * (rows * widths[:, None] + left[:, None])).to(buffer.device, non_blocking=True)
-    lines = buffer.unfold(0, 3 * widest, 1)  # a view: row i holds the bytes from byte i on
-    pixels = lines.index_select(0, first.flatten()).view(*first.shape, -1).float()  # (B, tallest, 3 * widest)
+    first = (starts[:, None] + channels * (rows * widths[:, None] + left[:, None])).to(buffer.device, non_blocking=True)
+    lines = buffer.unfold(0, channels * widest, 1)  # a view: row i holds the bytes from byte i on
+    pixels = lines.index_select(0, first.flatten()).view(*first.shape, -1).float()  # (B, tallest, C * widest)
     height, width = torch.stack([height, width]).to(buffer.device, non_blocking=True)
-    pixels = antialiasing_matrices(height, size, tallest) @ pixels  # (B, size, 3 * widest)
-    pixels = pixels.unflatten(2, (widest, 3)).permute(0, 3, 1, 2)  # (B, 3, size, widest)
-    return (pixels @ antialiasing_matrices(width, size, widest).mT[:, None]).round_().byte()  # (B, 3, size, size)
+    pixels = antialiasing_matrices(height, size, tallest) @ pixels  # (B, size, C * widest)
+    pixels = pixels.unflatten(2, (widest, channels)).permute(0, 3, 1, 2)  # (B, C, size, widest)
+    return (pixels @ antialiasing_matrices(width, size, widest).mT[:, None]).round_().byte()  # (B, C, size, size)
 
 
 class Crops:
@@ -74,11 +75,11 @@ class Crops:
 
     def __init__(self, images, *, scale, ratio, seed, buffer=None):
         self.images, self.scale, self.ratio, self.seed, self.buffer = images, scale, ratio, seed, buffer
-        num_bytes = 3 * images.sizes.prod(1)
+        num_bytes = images.channels * images.sizes.prod(1)
         self.starts = num_bytes.cumsum(0) - num_bytes
 
     def cut(self, indices, epoch, step):
-        """A batch (B, 3, S, S) uint8; its boxes follow from (seed, epoch, step)."""
+        """A batch (B, C, S, S) uint8; its boxes follow from (seed, epoch, step)."""
         sizes, size = self.images.sizes[indices], self.images.image_size
         if self.scale:
             generator = torch.Generator().manual_seed(seed_for("augmentation", self.seed, epoch, step, 1))  # 1: crops
@@ -86,17 +87,18 @@ class Crops:
         else:
             boxes = centre_boxes(sizes, self.images.crop_pct)
         if self.buffer is not None and self.buffer.is_cuda:
-            return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size)
+            return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size, self.images.channels)
         pairs = zip(indices, boxes.tolist())
         return torch.stack([v2.functional.resized_crop(self.image(i), *box, [size, size]) for i, box in pairs])
 
     def image(self, index):
-        """One image, (3, H, W) uint8."""
+        """One image, (C, H, W) uint8."""
         if self.buffer is None:
             pixels = torch.from_numpy(self.images.decode(index))
         else:
             height, width = self.images.sizes[index].tolist()
-            pixels = self.buffer[self.starts[index] :][: 3 * height * width].view(height, width, 3)
+            shape = height, width, self.images.channels
+            pixels = self.buffer[self.starts[index] :][: math.prod(shape)].view(shape)
         return pixels.permute(2, 0, 1)
 
     def __getitem__(self, key):

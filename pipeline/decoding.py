@@ -44,25 +44,39 @@ def eight_bits(image, file_format):
     return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
 
 
-def upright_image(path, size):
-    """A PIL image in RGB, turned by its EXIF tag. A large JPEG is decoded smaller, but no side is shorter than size."""
+def both_sides(size):
+    """(height, width) of an image size, which is a number of pixels or [height, width]."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def channels_first(image):
+    """A PIL image as an array (C, H, W) uint8."""
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def upright_image(path, size, channels=3):
+    """A PIL image in RGB, or in grey if channels is 1, turned by its EXIF tag.
+
+    A large JPEG is decoded smaller, but no side is shorter than size.
+    """
     with open_image(path) as image:
         image.draft("RGB", (size, size))
-        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 
 
-def decode_image(path, size):
-    """One image, (3, size, size) uint8."""
-    image = upright_image(path, size)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+def decode_image(path, size, channels=3):
+    """One image, (C, H, W) uint8, of a size that both_sides knows."""
+    height, width = both_sides(size)
+    image = upright_image(path, max(height, width), channels)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return channels_first(image)
 
 
-def decode_images(paths, size, decode=decode_image):
-    """decode(path, size) of each path, as one array (N, 3, size, size) uint8."""
-    images = np.empty((len(paths), 3, size, size), np.uint8)
-    for row, image in enumerate(by_all_cores(partial(decode, size=size), paths)):
+def decode_images(paths, size, decode=decode_image, *, channels=3):
+    """decode(path, size, channels=channels) of each path, as one array (N, C, H, W) uint8."""
+    images = np.empty((len(paths), channels, *both_sides(size)), np.uint8)
+    for row, image in enumerate(by_all_cores(partial(decode, size=size, channels=channels), paths)):
         images[row] = image
     return images
 

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections import defaultdict
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 RUN_FILES = ("last.pt", "last.prev.pt")  # what training leaves in the folder of a run
 DECODING = 2  # part of a cache's key: raise it when a file gives other pixels than before
+GREY = {1: "-grey", 3: ""}  # {channels: end of the names of caches}
 
 
 def find_splits(root):
@@ -76,15 +78,17 @@ def check_unclear_splits(root):
         raise UserError(f"--data-dir {root}: {names} look like splits: name them train/ and test/, with class folders")
 
 
-def read_folder(root, image_size, cache_dir=None):
-    """(class names, {split: (images (N, 3, S, S) uint8, labels (N,), file names)}) for the splits of find_splits.
+def read_folder(root, image_size, cache_dir=None, *, channels=3):
+    """(class names, {split: (images (N, C, H, W) uint8, labels (N,), file names)}) for the splits of find_splits.
 
-    Images are turned upright by their EXIF tag, resized so that the short side fits, and cropped to the centre square.
-    Raises UserError if the folder cannot be used or a file cannot be decoded.
+    Images are turned upright by their EXIF tag, resized so that one side fits, and cropped to the centre. image_size is
+    a number of pixels or [height, width]. Raises UserError if the folder cannot be used or a file cannot be decoded.
     """
     names, files, splits = list_folder(root)
     paths = [path for path, _, _ in files]
-    images = cached_array(root, f"{image_size}px", files, lambda: decode_images(paths, image_size), cache_dir)
+    name = (f"{image_size}px" if isinstance(image_size, int) else "{}x{}px".format(*image_size)) + GREY[channels]
+    decode = partial(decode_images, paths, image_size, channels=channels)
+    images = cached_array(root, name, files, decode, cache_dir)
     parts = torch.from_numpy(images).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (part, *splits[split]) for split, part in zip(splits, parts)}
 
@@ -95,6 +99,8 @@ def list_folder(root):
     A warning on stderr counts what is not read.
     """
     class_folders, folders = find_splits(root)
+    if "test" in folders and (name := folders["test"].name).lower() in SPLITS["val"]:
+        print(f"{printable(root.name)} has no test/: {name}/ is the test set")
     all_files, splits, skipped = [], {}, defaultdict(list)
     for split, folder in folders.items():
         found = [(file, y) for y, name in enumerate(class_folders) for file in list_images(folder / name, skipped)]

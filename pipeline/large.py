@@ -10,8 +10,8 @@ import torch
 from PIL.Image import Resampling
 from torchvision.transforms.functional import center_crop, resize
 
-from pipeline.decoding import by_all_cores, decode_images, open_image, upright_image
-from pipeline.folders import cached_array, list_folder
+from pipeline.decoding import by_all_cores, channels_first, decode_images, open_image, upright_image
+from pipeline.folders import GREY, cached_array, list_folder
 
 CROP_PCT = 0.875  # side of a test image's centre crop, as a fraction of the image's short side
 MAX_SIDE = 2  # largest short side of a training image in memory, in sides of a crop: few crops lose detail
@@ -27,6 +27,7 @@ class LargeImages:
     image_size: int  # side of a crop
     crop_pct: float  # see CROP_PCT
     cache_dir: Path | None
+    channels: int = 3
 
     def __len__(self):
         return len(self.files)
@@ -37,24 +38,25 @@ class LargeImages:
 
     @property
     def num_bytes(self):
-        return 3 * self.sizes.prod(1).sum().item()
+        return self.channels * self.sizes.prod(1).sum().item()
 
     def cached(self, name, make):
-        return cached_array(self.root, f"{self.image_size}px-{name}", self.files.tolist(), make, self.cache_dir)
+        name = f"{self.image_size}px-{name}{GREY[self.channels]}"
+        return cached_array(self.root, name, self.files.tolist(), make, self.cache_dir)
 
     def decode(self, index):
-        """One image, (H, W, 3) uint8."""
+        """One image, (H, W, C) uint8."""
         height, width = self.sizes[index].tolist()
-        image = upright_image(self.files[index, 0], min(height, width))
+        image = upright_image(self.files[index, 0], min(height, width), self.channels)
         if image.size != (width, height):
             image = image.resize((width, height), Resampling.BILINEAR)
-        return np.array(image)
+        return np.array(image).reshape(height, width, self.channels)
 
     def decode_all(self):
-        """The bytes of all images (H, W, 3), one after the other, and space for one more line (see cut_together)."""
+        """The bytes of all images (H, W, C), one after the other, and space for one more line (see cut_together)."""
 
         def pixels():
-            buffer, end = np.empty(self.num_bytes + 3 * self.sizes[:, 1].max().item(), np.uint8), 0
+            buffer, end = np.empty(self.num_bytes + self.channels * self.sizes[:, 1].max().item(), np.uint8), 0
             for image in by_all_cores(self.decode, range(len(self))):
                 start, end = end, end + image.size
                 buffer[start:end] = image.ravel()
@@ -63,17 +65,17 @@ class LargeImages:
         return torch.from_numpy(self.cached("whole", pixels))
 
     def centre_crops(self, split):
-        """centre_crop of each image, (N, 3, S, S) uint8, cached under the name `split`."""
-        paths, crop = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
-        name = f"{split}-{self.crop_pct:g}"
-        return torch.from_numpy(self.cached(name, lambda: decode_images(paths, self.image_size, crop)))
+        """centre_crop of each image, (N, C, S, S) uint8, cached under the name `split`."""
+        crop = partial(centre_crop, crop_pct=self.crop_pct)
+        decode = partial(decode_images, self.files[:, 0], self.image_size, crop, channels=self.channels)
+        return torch.from_numpy(self.cached(f"{split}-{self.crop_pct:g}", decode))
 
 
-def centre_crop(path, size, *, crop_pct=CROP_PCT):
-    """A test image, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
+def centre_crop(path, size, *, crop_pct=CROP_PCT, channels=3):
+    """A test image, (C, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
     short_side = round(size / crop_pct)
-    image = resize(upright_image(path, short_side), short_side)
-    return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
+    image = resize(upright_image(path, short_side, channels), short_side)
+    return channels_first(center_crop(image, size))
 
 
 def upright_size(path):
@@ -83,7 +85,7 @@ def upright_size(path):
         return image.size if turned else image.size[::-1]
 
 
-def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
+def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, channels=3):
     """(class names, {split: (LargeImages, labels, file names)}) for the splits of find_splits and crops of image_size.
 
     Warns on stderr if some images are smaller. Raises UserError if the folder cannot be used or a file is not an image.
@@ -97,6 +99,6 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
         print(f"warning: {small:,} of {len(sizes):,} images are {reach} and are enlarged", file=sys.stderr)
     largest = MAX_SIDE * image_size
     sizes = torch.from_numpy(np.where(short_sides > largest, sizes * largest // short_sides, sizes))
-    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir)
+    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir, channels)
     parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}

@@ -67,7 +67,9 @@ def blend(degenerate, images, magnitude):
 
 
 def grey(images):
-    """The luminance (n, 1, H, W) of images (n, 3, H, W), rounded down to whole levels, as float."""
+    """The luminance (n, 1, H, W) of images (n, C, H, W), rounded down to whole levels, as float."""
+    if images.shape[1] == 1:
+        return images.float()  # so that `color` changes nothing, as in torchvision
     red, green, blue = images.float().split(1, dim=1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
@@ -131,12 +133,12 @@ def invert(images, magnitude):
     return 255 - images
 
 
-# OPERATIONS[AFFINE:]; each takes images (n, 3, H, W) uint8 and magnitudes (n, 1, 1, 1) float
+# OPERATIONS[AFFINE:]; each takes images (n, C, H, W) uint8 and magnitudes (n, 1, 1, 1) float
 CHANGES = (brightness, color, contrast, sharpness, posterize, solarize, autocontrast, equalize, identity, invert)
 
 
 def apply_operation(images, operation, magnitude, *, fill):
-    """Apply to each of the images (B, 3, H, W) uint8 its own operation, with its own magnitude.
+    """Apply to each of the images (B, C, H, W) uint8 its own operation, with its own magnitude.
 
     operation (B,) int64, indices in OPERATIONS, and magnitude (B,) float64 are on the host, so that the host never
     waits for the device. `fill` is the grey level outside the images.

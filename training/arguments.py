@@ -20,10 +20,19 @@ EFFECT_CONDITIONS = {
     "ratio": (lambda args: args.scale, "--scale"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
+    "channels": (lambda args: args.dataset == "folder" or args.channels == 3, "--dataset folder"),
     **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
     "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
     "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
+}
+
+
+# what --overfit leaves out, unless it is given: what makes it harder to learn images by heart
+WITH_OVERFIT = {
+    **dict.fromkeys(("hflip", "rotate", "crop_padding", "reprob", "cutout", "mixup", "cutmix", "smoothing"), 0),
+    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "val_fraction"), 0),
+    **{"aa": "none", "scale": None},
 }
 
 
@@ -41,7 +50,13 @@ class Start(NamedTuple):
     def model_args(self, num_classes):
         """The keyword arguments of the model that the flags ask for."""
         names = self.model_flags[self.args.model]
-        return {name: getattr(self.args, name) for name in names} | {"num_classes": num_classes}
+        grey = {"in_channels": self.args.channels} if self.args.channels != 3 else {}
+        return {name: getattr(self.args, name) for name in names} | grey | {"num_classes": num_classes}
+
+    def input_shape(self):
+        """(C, H, W) of an image."""
+        size = self.args.image_size
+        return self.args.channels, *((size, size) if isinstance(size, int) else size)
 
 
 def start_run(parser, argv, *, chosen_recipe, model_flags):
@@ -82,7 +97,9 @@ def given_arguments(parser, argv):
 
 def complete_arguments(parser, given, recipe):
     """All arguments: the parser's defaults, overridden by the recipe's, overridden by those given. Raises UserError."""
-    args = argparse.Namespace(**{**vars(parser.parse_args([])), **recipe, **given})
+    defaults = vars(parser.parse_args([]))
+    changes = {name: value for name, value in WITH_OVERFIT.items() if name in defaults and given.get("overfit")}
+    args = argparse.Namespace(**{**defaults, **recipe, **changes, **given})
     for name in ("scale", "ratio"):
         low, high = getattr(args, name) or (0, 1)
         if low > high:

@@ -13,13 +13,19 @@ from training.archives import read_archive, read_from_outside, write_archive
 from training.outputs import COLUMNS
 
 FORMAT_VERSION = 1
+
+
+def sides_in_range(size):
+    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+
+
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
     "classes": (list[str], len),
-    "image_size": (int, lambda size: 1 <= size <= 10_000),
-    "mean": (list[float], lambda mean: len(mean) == 3),
-    "std": (list[float], lambda std: len(std) == 3 and min(std) > 0),
+    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "mean": (list[float], lambda mean: len(mean) in (1, 3)),
+    "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),

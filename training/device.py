@@ -207,13 +207,13 @@ def memory_error(error, run):
 def largest_batch(run):
     """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
     weights alone fill the memory."""
-    device, size = run.device, run.args.image_size
+    device, shape = run.device, run.dataset.test.images.shape[1:]  # (C, H, W)
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with run.precision.autocast():
-        run.model(torch.zeros(8, 3, size, size, device=device)).sum().backward()
+        run.model(torch.zeros(8, *shape, device=device)).sum().backward()
     per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()

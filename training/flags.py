@@ -65,10 +65,11 @@ class Parser(argparse.ArgumentParser):
         argv = []
         for action in self._actions:
             value, needed = values.get(action.dest), action.nargs is None and action.default is not None
-            if isinstance(value, list):
+            if isinstance(value, list) and action.nargs:
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
-                argv.append(f"{action.option_strings[0]}={value}")
+                text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
 
@@ -101,6 +102,14 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
 
     convert.__name__ = kind.__name__  # argparse names the type by it
     return convert
+
+
+def pixels(text):
+    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    return sides if len(set(sides)) == 2 else sides[0]
 
 
 def at_least(low, kind=int):
@@ -136,7 +145,10 @@ def add_data_flags(group, datasets):
     add("--dataset", choices=datasets, metavar="NAME", help=", ".join(datasets))
     add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
-    add("--image-size", type=at_least(1), metavar="PIXELS", help="resize images; above 64, folders are cropped")
+    help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
+    add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
+    help_text = "1 reads a folder in grey, 3 in colour"
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
@@ -176,6 +188,8 @@ def add_optimizer_flags(group):
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
     help_text = "sgd, adam, adamw or muon, which learns most in few epochs"
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
+    help_text = "check a new block: can it learn N training images by heart? Without augmentation and dropout"
+    add("--overfit", type=at_least(1), metavar="N", help=help_text)
     add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
     help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"

@@ -27,6 +27,7 @@ from training.outputs import (
     COLUMNS,
     draw_curves,
     epoch_line,
+    print_accuracies,
     write_log,
     write_predictions,
     write_result,
@@ -224,11 +225,7 @@ class Run:
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
-        print(f"test accuracy {test_accuracy:.2%} after epoch {self.epoch}")
-        if at_best_val is not None:
-            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
-        if result["best_on_test"] is not None:
-            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+        print_accuracies(result)
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
         drawn = self.args.attention not in WITHOUT_MAPS
