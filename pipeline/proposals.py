@@ -54,7 +54,8 @@ def proposals_of_images(given):
         height, width = np.median([upright_size(path) for path in files[:: -(-len(files) // SEEN)]], 0)
         short = min(height, width)
         size = proposed["image_size"] = 32 if short <= 48 else 64 if short <= 128 else 96
-        print(f"your images are about {width:.0f} x {height:.0f} pixels: --image-size {size}")
+        faster = ", or a smaller one, which is faster" if size > 32 else ""
+        print(f"your images are about {width:.0f} x {height:.0f} pixels: --image-size {size}{faster}")
     if isinstance(size, int) and size > 64:  # another crop in every epoch, as in train_resnet_attn.py's woof
         proposed |= {"scale": [0.35, 1.0], "crop_padding": 0}
     return proposed

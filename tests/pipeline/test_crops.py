@@ -73,8 +73,9 @@ def test_a_image_that_no_draw_fits_is_cut_as_wide_as_the_ratio_allows():
     assert centre_boxes(torch.tensor([[100, 157], [114, 114]]), 0.875).tolist() == [[6, 34, 88, 88], [7, 7, 100, 100]]
 
 
-def test_pixels_are_those_of_torchvision(dataset):
-    images = dataset.train.images
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_those_of_torchvision(channels, tmp_path):
+    images = load_large(write_large_images(tmp_path / "pets"), tmp_path, channels=channels).train.images
     crops = Crops(images, scale=(0.1, 1.0), ratio=(0.5, 2.0), seed=5, buffer=images.decode_all())
     boxes = random_crops(images.sizes, torch.Generator().manual_seed(1), scale=(0.1, 1.0), ratio=(0.5, 2.0))
     expected = torch.stack(
@@ -83,11 +84,11 @@ def test_pixels_are_those_of_torchvision(dataset):
             for index, box in enumerate(boxes.tolist())
         ]
     )
-    together = cut_together(crops.buffer, crops.starts, images.sizes[:, 1], boxes, 72)
-    assert together.dtype == torch.uint8 and together.shape == (12, 3, 72, 72)
+    together = cut_together(crops.buffer, crops.starts, images.sizes[:, 1], boxes, 72, channels)
+    assert together.dtype == torch.uint8 and together.shape == (12, channels, 72, 72)
     assert (together.int() - expected.int()).abs().max() <= 1
     last = torch.tensor([11])
-    alone = cut_together(crops.buffer, crops.starts[last], images.sizes[last, 1], boxes[last], 72)
+    alone = cut_together(crops.buffer, crops.starts[last], images.sizes[last, 1], boxes[last], 72, channels)
     assert (alone.int() - expected[last].int()).abs().max() <= 1  # the end of the buffer
 
 

@@ -66,7 +66,7 @@ def test_the_cache_is_used_and_notices_every_change(tmp_path, monkeypatch):
     decoded = []
     original = folders.decode_images
     monkeypatch.setattr(
-        folders, "decode_images", lambda paths, size: decoded.append(len(paths)) or original(paths, size)
+        folders, "decode_images", lambda paths, *a, **k: decoded.append(len(paths)) or original(paths, *a, **k)
     )
     first = read(root, tmp_path / "cache")[1]["all"]
     again = read(root, tmp_path / "cache")[1]["all"]

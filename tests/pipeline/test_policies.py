@@ -49,7 +49,7 @@ def all_cases(size):
 
 
 def torchvisions(images, name, magnitude):
-    return reference._apply_op(images, name, magnitude, InterpolationMode.NEAREST, [100.0] * 3)
+    return reference._apply_op(images, name, magnitude, InterpolationMode.NEAREST, [100.0] * images.shape[-3])
 
 
 def assert_operations_equal_torchvisions(images):
@@ -73,6 +73,7 @@ def assert_operations_equal_torchvisions(images):
 @pytest.mark.parametrize("size", [(32, 32), (20, 28), (33, 25)])
 def test_operations_equal_torchvisions_on_random_images(size):
     assert_operations_equal_torchvisions(random_images(*size))
+    assert_operations_equal_torchvisions(random_images(*size)[:, :1].contiguous())  # of one channel
 
 
 def test_operations_equal_torchvisions_on_real_images(cifar10_dir):
