@@ -18,7 +18,7 @@ def cct_flags(image_folder, tmp_path):
     return [
         *("--dataset", "folder", "--data-dir", str(image_folder), "--cache-dir", str(tmp_path / "cache")),
         *("--out-dir", str(tmp_path / "runs"), "--model", "cct_2_3x2", "--image-size", "16", "--device", "cpu"),
-        *("--epochs", "2", "--batch-size", "8"),
+        *("--epochs", "2", "--batch-size", "8", "--recipe", "report"),
     ]
 
 

@@ -43,7 +43,8 @@ class FakeGpu:
 def run(tmp_path):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     return SimpleNamespace(
-        args=SimpleNamespace(batch_size=64, image_size=4),
+        args=SimpleNamespace(batch_size=64),
+        dataset=SimpleNamespace(test=SimpleNamespace(images=torch.zeros(1, 3, 4, 4))),
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         precision=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)),

@@ -91,7 +91,15 @@ def small_run(folder, **options):
     """A Run of one linear layer on nothing in particular."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    args = {"epochs": 9, "seed": 0, "image_size": 1, "sched": "multistep", "save_epochs": [1, 3], "patience": None}
+    args = {
+        "epochs": 9,
+        "seed": 0,
+        "image_size": 1,
+        "channels": 3,
+        "sched": "multistep",
+        "save_epochs": [1, 3],
+        "patience": None,
+    }
     start = Start("train_vit.py", {"linear": ()}, Namespace(**PLAIN | args | {"model": "linear"} | options), folder)
     return Run(
         start,
