@@ -31,7 +31,7 @@ from seeding import seed_for
 from training.arguments import start_run
 from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
-from training.flags import fraction, make_parser
+from training.flags import fraction, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
@@ -96,7 +96,8 @@ def cct_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
     add("--init-from", metavar="RUN", help="start from a run's weights, or a file of the authors' released ones")
-    add("--attention", choices=ATTENTIONS, metavar="NAME", help=f"what mixes the tokens: {', '.join(ATTENTIONS)}")
+    help_text = f"what mixes the tokens: {', '.join(ATTENTIONS)}, or your own FILE.py:Class"
+    add("--attention", type=name_or_class(ATTENTIONS), metavar="NAME", help=help_text)
     add("--positional-embedding", choices=("learnable", "sine", "none"), help="how a token knows its place")
     add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")
     add("--attn-drop", type=fraction, metavar="P", help="dropout of attention weights")

@@ -31,7 +31,7 @@ from seeding import seed_for
 from training.arguments import start_run
 from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
-from training.flags import at_least, make_parser
+from training.flags import at_least, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
@@ -119,7 +119,8 @@ def resnet_parser():
     parser = make_parser("train_resnet_attn.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
-    add("--attention", choices=ATTENTIONS2D, metavar="NAME", help=f"the block: {', '.join(ATTENTIONS2D)}")
+    help_text = f"the block: {', '.join(ATTENTIONS2D)}, or your own FILE.py:Class"
+    add("--attention", type=name_or_class(ATTENTIONS2D), metavar="NAME", help=help_text)
     add("--attention-after", choices=STAGES, help="the stage that a ResNet's block follows")
     add("--attention-in", choices=STAGES, nargs="+", help="the stages whose last block has it in an xResNet")
     add("--attention-kernel-size", type=at_least(1), metavar="PIXELS", help="of simple, an odd number")

@@ -36,7 +36,7 @@ from seeding import seed_for
 from training.arguments import start_run
 from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
-from training.flags import at_least, fraction, make_parser
+from training.flags import at_least, fraction, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
@@ -123,7 +123,8 @@ def vit_parser():
     add("--mlp-ratio", type=at_least(0.1, float), metavar="R", help="width of the MLP over that of a token")
     add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")
     add("--drop-path", type=fraction, metavar="P", help="share of branches left out in the last block, fewer before")
-    add("--attention", choices=ATTENTIONS, metavar="NAME", help=f"what mixes the tokens: {', '.join(ATTENTIONS)}")
+    help_text = f"what mixes the tokens: {', '.join(ATTENTIONS)}, or your own FILE.py:Class"
+    add("--attention", type=name_or_class(ATTENTIONS), metavar="NAME", help=help_text)
     parser.set_defaults(drop_path=0.0, attention="softmax", **REPORT)
     return parser
 

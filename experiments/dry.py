@@ -51,10 +51,9 @@ def dry_run(jobs, args):
                 arguments = [*implied_flags(job.row), *job.row.arguments, *TINY_RUN, *data]
                 arguments += ["--out-dir", str(run.parent), "--run-name", run.name]
                 arguments += ["--init-from", str(run_folder(start, places))] if start else []
-            elif job.row.checkpoint:
-                arguments = [str(measured_folder(job, places)), *SHORT_MEASUREMENTS[job.row.script], *data]
             else:
-                arguments = [*job.row.arguments, *SHORT_MEASUREMENTS[job.row.script]]
+                measured = [str(measured_folder(job, places)), *data] if job.row.checkpoint else []
+                arguments = [*measured, *job.row.arguments, *SHORT_MEASUREMENTS[job.row.script]]
             try:
                 script_module(job.row.script).main([*arguments, *device])
             except UserError as error:

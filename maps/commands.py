@@ -26,6 +26,8 @@ def maps_parser(description, methods, *, default):
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
+    help_text = "the class of the run's attention again, if it is your own: its file is run"
+    add("--attention", metavar="FILE.py:Class", help=help_text)
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--index", type=int, nargs="+", metavar="N", help="images to explain (default: 0 1 2 3)")
     add_one("--class", dest="class_name", metavar="CLASS", help="explain the first images of this class instead")
@@ -62,7 +64,7 @@ def open_for_maps(args):
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
-    model = rebuild_model(checkpoint, build_model).to(device)
+    model = rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
     if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)

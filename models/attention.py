@@ -136,10 +136,10 @@ ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": 
 
 
 def make_attention(name, spec):
-    """The module `name` of ATTENTIONS, on tokens (B, N, dim). Raises UserError for an unknown name or invalid spec."""
-    if name not in ATTENTIONS:
+    """The module `name` of ATTENTIONS, or a class, on tokens (B, N, dim). Raises UserError for an unknown name."""
+    if name not in ATTENTIONS and not isinstance(name, type):
         raise UserError(f"--attention {name}: choose from {', '.join(ATTENTIONS)}")
-    return ATTENTIONS[name](spec)
+    return ATTENTIONS.get(name, name)(spec)
 
 
 class Mlp(nn.Sequential):

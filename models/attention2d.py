@@ -78,7 +78,7 @@ class NodeAttention2d(nn.Module):
         self.nodes = nn.Conv2d(channels, channels, patch_size, stride=patch_size)
         spec = AttentionSpec(channels, num_heads)
         self.block = Block(spec)  # draws a softmax attention too, as recorded runs did; it is replaced
-        self.block.attn = NODE_ATTENTIONS[attention](spec)
+        self.block.attn = NODE_ATTENTIONS.get(attention, attention)(spec)
         self.back = nn.ConvTranspose2d(channels, channels, patch_size, stride=patch_size)
         self.gamma = nn.Parameter(torch.zeros(1)) if gamma else None
 
@@ -165,20 +165,22 @@ def make_attention2d(
 ):
     """The module `name`, one of `known`, on maps (B, channels, H, W); "none" is the identity.
 
-    patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and symmetric for SimpleSelfAttention.
-    Raises UserError for an unknown name, and for an option that the module does not have or cannot use.
+    A class stands for a node attention. patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and
+    symmetric for SimpleSelfAttention. Raises UserError for an unknown name, and for an option that the module does not
+    have or cannot use.
     """
-    if name not in known:
-        raise UserError(f"--attention {name}: choose from {', '.join(known)}")
-    if name not in NODE_ATTENTIONS and patch_size != 1:
-        raise UserError(f"--attention {name}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
-    if name != "simple" and (symmetric or kernel_size != 1):
+    kind, said = ("classic", name.__name__) if isinstance(name, type) else (name, name)
+    if kind not in known:
+        raise UserError(f"--attention {said}: choose from {', '.join(known)}")
+    if kind not in NODE_ATTENTIONS and patch_size != 1:
+        raise UserError(f"--attention {said}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
+    if kind != "simple" and (symmetric or kernel_size != 1):
         option = "--symmetric" if symmetric else f"--attention-kernel-size {kernel_size}"
-        raise UserError(f"--attention {name}: {option} requires --attention simple")
-    if name in NODE_ATTENTIONS:
+        raise UserError(f"--attention {said}: {option} requires --attention simple")
+    if kind in NODE_ATTENTIONS:
         return NodeAttention2d(channels, attention=name, patch_size=patch_size, num_heads=num_heads, gamma=gamma)
-    if name == "sagan":
+    if kind == "sagan":
         return SelfAttention2d(channels)
-    if name == "simple":
+    if kind == "simple":
         return SimpleSelfAttention(channels, kernel_size=kernel_size, symmetric=symmetric)
     return nn.Identity()

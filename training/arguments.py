@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from errors import UserError
 from training.checkpoint import load_checkpoint
-from training.flags import flag_kind
+from training.flags import flag_kind, is_own_class
 from training.run import choose_folder, finished_result
 
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
@@ -47,11 +47,16 @@ class Start(NamedTuple):
     result: dict | None = None
     began: float = 0.0  # time.monotonic() when the script began, from which --minutes count
 
-    def model_args(self, num_classes):
-        """The keyword arguments of the model that the flags ask for."""
+    def model_args(self, num_classes, *, plain=False):
+        """The keyword arguments of the model that the flags ask for; plain ones are those that a checkpoint holds."""
         names = self.model_flags[self.args.model]
         grey = {"in_channels": self.args.channels} if self.args.channels != 3 else {}
-        return {name: getattr(self.args, name) for name in names} | grey | {"num_classes": num_classes}
+        model_args = {name: getattr(self.args, name) for name in names} | grey | {"num_classes": num_classes}
+        if plain or not is_own_class(model_args.get("attention")):
+            return model_args
+        from training.own import with_own_class  # only if it is asked for
+
+        return with_own_class(model_args, model_args["attention"])
 
     def input_shape(self):
         """(C, H, W) of an image."""
@@ -142,6 +147,10 @@ def resumed_arguments(parser, given, checkpoint, folder):
     """
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
     saved = vars(parser.parse_args([])) | saved
+    if is_own_class(saved.get("attention")):
+        from training.own import confirmed_attention  # only if it is asked for
+
+        saved["attention"] = confirmed_attention(saved["attention"], given.get("attention"), f"--resume {folder}")
     parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"

@@ -157,14 +157,18 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model):
+def rebuild_model(checkpoint, build_model, *, attention=None):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
-    Raises UserError if the model or a part of it is not known here, or if the weights do not fit it.
+    An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
+    it is not known here, or if the weights do not fit it.
     """
+    from training.own import with_own_class  # training alone does not need it
+
+    model_args = with_own_class(checkpoint["model_args"], attention)
     with read_from_outside("the checkpoint's weights do not fit its model and model_args"):
         try:
-            model = build_model(checkpoint["model"], **checkpoint["model_args"])
+            model = build_model(checkpoint["model"], **model_args)
         except UserError as error:
             advice = "docs/extending.md says how to add a block of your own"
             raise UserError(f"the checkpoint's model cannot be built here: {error}; {advice}") from error

@@ -121,6 +121,22 @@ fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
 
 
+def is_own_class(value):
+    """Whether --attention names a class of the user's own, as FILE.py:Class."""
+    return isinstance(value, str) and ".py:" in value
+
+
+def name_or_class(names):
+    """A flag's type: one of the names, or FILE.py:Class, which is not loaded here."""
+
+    def convert(text):
+        if text in names or is_own_class(text):
+            return text
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or FILE.py:Class)")
+
+    return convert
+
+
 def make_parser(script, description, *, recipes, datasets, policies):
     """A TrainingParser with the flags of every training script; the script (its file) adds those of its model.
 

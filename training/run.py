@@ -22,6 +22,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.device import peak_memory_bytes
+from training.flags import is_own_class
 from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
@@ -106,7 +107,8 @@ class Run:
 
     def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
         self.folder, self.script, self.args = start.folder, start.script, start.args
-        self.model, self.model_args = model, start.model_args(len(dataset.classes))
+        self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
+        self.attention_again = f" --attention {self.args.attention}" if is_own_class(self.args.attention) else ""
         self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
@@ -159,7 +161,7 @@ class Run:
     def stop(self, stop):
         """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
         self.write()
-        command = f"python {self.script} --resume {self.folder}"
+        command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
         stop.end()
 
@@ -230,7 +232,7 @@ class Run:
             print(f"  {path}")
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
-        print(f"draw {where} {folder}")
+        print(f"draw {where} {folder}{self.attention_again}")
         return result
 
 
