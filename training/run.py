@@ -108,7 +108,8 @@ class Run:
     def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
         self.folder, self.script, self.args = start.folder, start.script, start.args
         self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
-        self.attention_again = f" --attention {self.args.attention}" if is_own_class(self.args.attention) else ""
+        own = getattr(self.args, "attention", None)
+        self.attention_again = f" --attention {own}" if is_own_class(own) else ""
         self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
