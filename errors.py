@@ -1,5 +1,6 @@
 """What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars."""
 
+import importlib
 import os
 import sys
 
@@ -10,6 +11,15 @@ class UserError(ValueError):
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""
         return [f"error: {self}"]
+
+
+def import_optional(name):
+    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
 
 
 def command_line():

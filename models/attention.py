@@ -28,7 +28,7 @@ def explicit_is_faster(q):
     1.6, 0.4, 0.4 and 0.4.
     """
     tokens = q.shape[-2]
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or torch.compiler.is_exporting():  # an exported model may run anywhere
         return False
     if q.dtype == torch.bfloat16:
         return tokens <= 400

@@ -138,7 +138,7 @@ class CompactTransformer(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)  # faster for convolutions
         x = self.tokenizer(images).flatten(2).mT  # (B, N, dim)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, dim)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         x = self.drop(x)

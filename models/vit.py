@@ -56,7 +56,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         images = F.pad(images, self.padding)  # (B, C, rows * patch_size, columns * patch_size)
         x = self.patch_embed(to_patches(images, self.patch_size))  # (B, N, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, dim)
         x = self.drop(x + self.pos_embed)
         for block in self.blocks:
             x = block(x)

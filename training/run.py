@@ -38,7 +38,8 @@ from training.outputs import (
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
 MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
-WRITTEN = (*CHECKPOINTS, *MAPS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+EXPORTS = ("model.onnx", "model.pt2", "model.safetensors")
+WRITTEN = (*CHECKPOINTS, *MAPS, *EXPORTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
