@@ -4,7 +4,8 @@
     python export.py checkpoints/vit --format torch          torch.export's program: model.pt2
     python export.py checkpoints/vit --format safetensors    the weights alone: model.safetensors
 
-The file also holds the classes, image size, mean and std. Its logits are compared with the model's before it is written.
+The file also holds the classes, image size, mean and std. Before it is written, its logits are compared with the
+model's.
 """
 
 import json

@@ -34,7 +34,6 @@ from pipeline.policies import POLICIES
 from pipeline.proposals import implied_dataset
 from seeding import seed_for
 from training.arguments import start_run
-from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import at_least, fraction, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
@@ -106,15 +105,16 @@ MODEL_FLAGS = {  # {model: the flags that it accepts}
         *("mlp_ratio", "drop", "drop_path", "attention"),
     ),
     "vit_b_16": ("drop",),
+    "timm": ("drop_path",),  # timm:NAME
 }
 
 
 def vit_parser():
     parser = make_parser("train_vit.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODEL_FLAGS, help="vit_b_16 is torchvision's, at 224 pixels")
-    add("--pretrained", action="store_true", help="start vit_b_16 from its ImageNet weights")
-    add("--init-from", metavar="RUN", help="start from a run's weights")
+    add("--model", metavar="NAME", help="vit; vit_b_16, torchvision's, at 224 pixels; or timm:NAME, a ViT of timm's")
+    add("--pretrained", action="store_true", help="start vit_b_16 or timm:NAME from its published weights")
+    add("--init-from", metavar="RUN", help="start from the weights of a run, or of a file (docs/export.md)")
     add("--patch-size", type=at_least(1), metavar="PIXELS", help="smaller patches: more tokens, slower, often better")
     add("--pad", action="store_true", help="add zeros to images that the patch size does not divide")
     add("--embed-dim", type=at_least(1), metavar="N", help="width of a token")
@@ -134,9 +134,11 @@ def chosen_recipe(given):
     dataset = implied_dataset(given)
     name = given.get("recipe", "quick" if dataset == "shapes" else "report")
     changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
-    large = dataset in ("folder", *IMAGENETTES)
-    if large and given.get("model", RECIPES[name]["model"]) == "vit_b_16":
-        changes = {"image_size": 224}  # the model's own: it would enlarge smaller images
+    model = given.get("model", RECIPES[name]["model"])
+    if dataset in ("folder", *IMAGENETTES) and model != "vit":
+        from models.pretrained import pretrained_side
+
+        changes = {"image_size": pretrained_side(model)}  # the model's own: it would enlarge smaller images
     return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 
@@ -145,19 +147,20 @@ def start_from(model, args, checkpoint):
 
     Returns (mean, std) of the images that they were trained on; None if they are a state dict.
     """
-    from models.pretrained import imagenet_statistics, load_imagenet_weights, load_published  # only if it is asked for
+    from models.pretrained import load_published  # only if it is asked for
+    from training.weights import print_taken, start_from_weights
 
     if args.pretrained and args.init_from:
         raise UserError("--init-from and --pretrained exclude each other")
-    if args.pretrained and args.model != "vit_b_16":
-        raise UserError(f"--pretrained: there are no weights for {args.model}, only for vit_b_16")
+    if args.pretrained and args.model == "vit":
+        raise UserError("--pretrained: there are no weights for vit, only for vit_b_16 and timm:NAME")
     if args.pretrained:
         warn_of_seen_images(args.dataset)
-    if args.init_from:
+    if args.init_from or checkpoint:
         return start_from_weights(args.init_from, partial(load_published, model), checkpoint)
-    if not checkpoint:
-        load_imagenet_weights(model)
-    return imagenet_statistics()
+    weights, *statistics = model.pretrained()
+    print_taken(args.model, weights, load_published(model, weights))
+    return statistics
 
 
 def main(argv=None):

@@ -133,10 +133,14 @@ def attention_matrices(model, images, methods, *, targets=None, head_fusion="mea
     needs_gradients = any(method in WITH_GRADIENTS for method in methods)
     with torch.set_grad_enabled(needs_gradients), AttentionRecorder(model, gradients=needs_gradients) as recorder:
         logits = model(images)
+    name = getattr(model, "name", type(model).__name__)
+    if any(len(weights) != len(images) for weights in recorder.weights):
+        reason = "attends within windows of the image (as Swin does), which give no map of the whole"
+        raise UserError(f"{name} {reason}: use attribute.py, which explains any model")
     tokens = list(dict.fromkeys(weights.shape[-1] for weights in recorder.weights))
     if len(tokens) > 1:
         sizes = " and ".join(map(str, tokens))
-        raise UserError(f"{type(model).__name__}'s layers attend over {sizes} tokens, which give no one map")
+        raise UserError(f"{name}'s layers attend over {sizes} tokens, which give no one map")
     gradients = None
     if needs_gradients:
         targets = logits.argmax(1) if targets is None else targets

@@ -1,5 +1,7 @@
 """Build a model by its name. A family's file is imported only when one of its models is asked for."""
 
+from functools import partial
+
 from errors import UserError
 
 
@@ -13,6 +15,10 @@ def model_family(name):
         from models.pretrained import PretrainedViT
 
         return {"vit_b_16": PretrainedViT}
+    if name.startswith("timm:"):
+        from models.pretrained import TimmViT
+
+        return {name: partial(TimmViT, name=name.removeprefix("timm:"))}
     if name.startswith("cct_nano"):
         from models.nano import NANO_MODELS
 

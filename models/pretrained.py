@@ -1,4 +1,4 @@
-"""torchvision's ViT-B/16 for fine-tuning on small images, and weights that others have published."""
+"""torchvision's ViT-B/16 and timm's for fine-tuning on small images, and weights that others have published."""
 
 import pickle
 import re
@@ -9,16 +9,27 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from errors import UserError
+from errors import UserError, import_optional
 
 VIT_B_16 = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
 
 
-class PretrainedViT(nn.Module):
-    """torchvision's ViT-B/16 (Dosovitskiy et al. 2021): images (B, 3, H, W) of any size to logits (B, num_classes).
+class EnlargingViT(nn.Module):
+    """Images (B, 3, H, W) of any size to the logits (B, num_classes) of a model `vit` for images of one size, `side`.
 
-    Images are enlarged to 224 pixels inside the model, so that a dataset of small images stays small in memory.
+    Images are enlarged inside the model, so that a dataset of small images stays small in memory.
     """
+
+    def forward(self, images):
+        if images.shape[2:] != (self.side, self.side):
+            images = F.interpolate(
+                images, (self.side, self.side), mode="bilinear", antialias=True
+            )  # (B, 3, side, side)
+        return self.vit(images)  # (B, num_classes)
+
+
+class PretrainedViT(EnlargingViT):
+    """torchvision's ViT-B/16 (Dosovitskiy et al. 2021)."""
 
     grid, patch_size, side = (14, 14), 16, 224
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
@@ -29,10 +40,50 @@ class PretrainedViT(nn.Module):
             raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
-    def forward(self, images):
-        if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)  # (B, 3, 224, 224)
-        return self.vit(images)  # (B, num_classes)
+    def pretrained(self):
+        """(weights, mean, std of the images that they expect). Raises UserError if they cannot be downloaded."""
+        return download_weights(VIT_B_16), *imagenet_statistics()
+
+
+class TimmViT(EnlargingViT):
+    """timm's model `name`, if it cuts images into patches. Raises UserError without timm and for other names."""
+
+    def __init__(self, *, name, num_classes=10, drop_path=0.0):
+        super().__init__()
+        self.name, self.config = f"timm:{name}", timm_config(name)
+        self.vit = import_optional("timm").create_model(name, num_classes=num_classes, drop_path_rate=drop_path or None)
+        if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
+            raise UserError(f"--model {self.name} does not cut images into patches")
+        self.grid, self.side = tuple(self.vit.patch_embed.grid_size), self.config.input_size[-1]
+        self.patch_size = self.side // self.grid[0]
+        self.no_weight_decay = tuple(f"vit.{parameter}" for parameter in getattr(self.vit, "no_weight_decay", set)())
+        self.class_token = getattr(self.vit, "global_pool", "avg") != "avg"  # for maps: else the mean of all tokens
+
+    def pretrained(self):
+        """(weights, mean, std of the images that they expect). Raises UserError if they cannot be downloaded."""
+        try:
+            model = import_optional("timm").create_model(self.name.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # of timm, of the hub's client, of the network
+            reason = str(error).split("\n")[0]
+            advice = "--init-from FILE takes a file of them"
+            raise UserError(f"--pretrained: no weights of {self.name} ({reason}): {advice}") from error
+        return model.state_dict(), list(self.config.mean), list(self.config.std)
+
+
+def timm_config(name):
+    """timm's description of the weights of a model, with their image size. Raises UserError for an unknown name."""
+    timm = import_optional("timm")
+    if not timm.is_model(name):
+        raise UserError(f"--model timm:{name}: timm {timm.__version__} has no such model (timm.list_models() has all)")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"--model timm:{name}: {error}") from error
+
+
+def pretrained_side(model):
+    """The side of the images that vit_b_16 or timm:NAME enlarges others to."""
+    return timm_config(model.removeprefix("timm:")).input_size[-1] if ":" in model else PretrainedViT.side
 
 
 def imagenet_statistics():
@@ -53,13 +104,6 @@ def download_weights(weights):
         raise UserError(f"--pretrained: {weights.url} cannot be downloaded ({error}): put it into {folder}") from error
 
 
-def load_imagenet_weights(model):
-    """Put torchvision's ImageNet weights into a PretrainedViT, except the head. Raises UserError without them."""
-    own = model.vit.state_dict()
-    head = {name: own[name] for name in own if name.startswith("heads.")}
-    model.vit.load_state_dict(download_weights(VIT_B_16) | head)
-
-
 # patterns in the names of the authors' released weights, and what stands for them here
 PUBLISHED_NAMES = {
     r"tokenizer\.conv_layers\.(\d)\.0\.": lambda found: f"tokenizer.{3 * int(found[1])}.",
@@ -71,29 +115,52 @@ PUBLISHED_NAMES = {
     r"linear1": "mlp.0",
     r"linear2": "mlp.3",
     r"^fc": "head",
+    # the ViT report's own model
+    r"^pos_embedding": "pos_embed",
+    r"^to_patch_embedding\.1": "patch_embed",
+    r"^transformers_seq\.": "blocks.",
+    r"layer_norm_": "norm",
+    r"mh_attention\.in_proj_": "attn.qkv.",
+    r"mh_attention\.out_proj": "attn.proj",
+    r"(blocks\.\d+\.mlp)\.[1-4]\.": r"\1.3.",
+    r"^mlp_head\.0\.": "norm.",
+    r"^mlp_head(\.\d+)?\.": "head.",
 }
 
 
 def load_published(model, weights):
-    """Put a state dict of the same model, or the authors' released weights, into a model. Returns the names left out.
+    """Put a state dict of the same model, or weights that others released, into a model. Returns the names left out.
 
-    A learnable positional embedding of a square image is interpolated bilinearly to the model's grid; a head for
-    another number of classes is left out. Raises UserError if other weights do not fit (see check_shapes).
+    These are of the CCT authors' model, the ViT report's, or the one inside an EnlargingViT. A learnable positional
+    embedding of a square image is interpolated bilinearly to the model's grid; a head for another number of classes, or
+    that the file lacks, is left out. Raises UserError if other weights do not fit (see check_shapes).
     """
-    for pattern, name in PUBLISHED_NAMES.items():
-        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    own, p = model.state_dict(), getattr(model, "patch_size", 1)
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    name = "to_patch_embedding.1.weight"  # (dim, p * p * C): row, column, channel; ours is channel, row, column
+    if name in weights and weights[name].ndim == 2 and weights[name].shape[1] % p**2 == 0:
+        weights[name] = weights[name].unflatten(1, (p, p, -1)).permute(0, 3, 1, 2).flatten(1)
+    weights = {own_name(name, own): value for name, value in weights.items()}
     if isinstance(getattr(model, "tokenizer", None), nn.Conv2d):
         weights = {key.replace("tokenizer.0.", "tokenizer."): value for key, value in weights.items()}
-    own = model.state_dict()
     if "pos_embed" in weights and "pos_embed" in own:
         class_tokens = int(model.cls_token is not None)
         weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid, class_tokens)
-    heads = [key for key in weights if key in own and key.endswith(("head.weight", "head.bias"))]
-    left_out = [key for key in heads if weights[key].shape != own[key].shape]
+    heads = [key for key in own if key.endswith(("head.weight", "head.bias"))]
+    left_out = [key for key in heads if shape_of(weights, key) != shape_of(own, key)]
     weights |= {key: own[key] for key in left_out}
     check_shapes(weights, own, sorted(own.keys() | weights.keys()), flag="--init-from")
     model.load_state_dict(weights)
     return left_out
+
+
+def own_name(name, own):
+    """The name in the state dict `own` that a name in someone's file stands for; as it is if it stands for none."""
+    if f"vit.{name}" in own:  # inside an EnlargingViT
+        return f"vit.{name}"
+    for pattern, replacement in PUBLISHED_NAMES.items() if name not in own else ():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def shape_of(weights, name):

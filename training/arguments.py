@@ -49,7 +49,7 @@ class Start(NamedTuple):
 
     def model_args(self, num_classes, *, plain=False):
         """The keyword arguments of the model that the flags ask for; plain ones are those that a checkpoint holds."""
-        names = self.model_flags[self.args.model]
+        names = self.model_flags[self.args.model.partition(":")[0]]  # timm:NAME is of the family timm
         grey = {"in_channels": self.args.channels} if self.args.channels != 3 else {}
         model_args = {name: getattr(self.args, name) for name in names} | grey | {"num_classes": num_classes}
         if plain or not is_own_class(model_args.get("attention")):
@@ -79,14 +79,17 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
         print(parser.help_text(everything="help_all" in given))
         return start
     model = given.get("model", defaults["model"])
-    folder, resuming = choose_folder(given, default_name=model, default_dir=parser.get_default("out_dir"))
+    if model.partition(":")[0] not in model_flags:
+        raise UserError(f"--model {model}: choose from {', '.join(model_flags)}")
+    default_name = model.replace(":", "-")
+    folder, resuming = choose_folder(given, default_name=default_name, default_dir=parser.get_default("out_dir"))
     if not resuming:
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
         check_effects(given, args)
         check_model_flags(given, model_flags, args.model)
         return start._replace(args=args, folder=folder)
     checkpoint = load_checkpoint(folder)
-    if checkpoint["model"] not in model_flags:
+    if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
     if result := finished_result(folder):
@@ -136,7 +139,7 @@ def check_model_flags(given, model_flags, model):
     """
     for name in given:
         users = [other for other, flags in model_flags.items() if name in flags]
-        if users and model not in users and name != "image_size":
+        if users and model.partition(":")[0] not in users and name != "image_size":
             raise UserError(f"{as_flag(name)}: {model} does not take it")
 
 

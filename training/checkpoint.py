@@ -93,24 +93,6 @@ def open_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def start_from_weights(path, load, checkpoint):
-    """Give load(weights) those of --init-from: of a run's folder, of a checkpoint, or a state dict of another program.
-
-    load returns the names that it left out; they are printed. Returns (mean, std) of the run's images, None for a state
-    dict. If `checkpoint` is that of a run to resume, nothing is loaded. Raises UserError if the file is neither.
-    """
-    if checkpoint:
-        return checkpoint["mean"], checkpoint["std"]
-    path, found, statistics = Path(path), None, None
-    if path.is_file() and path.name != "last.pt":
-        found = read_archive(path, f"--init-from {path}: it is neither a checkpoint nor a file of weights")
-    if not is_of_kind(found, dict[str, torch.Tensor]):
-        checkpoint = load_checkpoint(path)
-        found, statistics = evaluated_weights(checkpoint), (checkpoint["mean"], checkpoint["std"])
-    print(f"weights of {path}; left out: {', '.join(load(found)) or 'nothing'}")
-    return statistics
-
-
 def position(epoch, step):
     """How far a run has come, from its finished epochs and the steps of the one in progress."""
     return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
