@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, loading, peers, scaling, train
+from benchmarks import augment, export, loading, peers, scaling, train
 from benchmarks.turns import take_turns
 from experiments.speed import speed_text
 from models import build_model
@@ -45,6 +45,13 @@ def check_speeds(path, ways, capsys):
     assert results["threads"] == torch.get_num_threads() and ("times as fast" in printed) == (ways > 1)
     lines = speed_text(path).splitlines()
     assert lines[0].startswith(f"{results['device']}, ") and lines[2].startswith("| what | against | times as fast: ")
+
+
+def test_exported_models(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "MODELS", ("cct_2_3x2",))
+    export.main(["--rounds", "2", "--seconds", "0.01", "--out", str(tmp_path / "speed.json")])
+    check_speeds(tmp_path / "speed.json", 2, capsys)
 
 
 def test_augmentation(tmp_path, capsys):

@@ -62,6 +62,8 @@ def workspace(tmp_path_factory):
         if not (folder / name).exists():  # a page tells the reader to write it
             (folder / name).write_text(PLANS[0])
     code = [block for blocks in CODE.values() for block in blocks]
+    tiny = build_model("vit", embed_dim=16, depth=1, num_heads=2, patch_size=8)
+    torch.save(tiny.state_dict(), folder / "report.pth")  # docs/export.md: a file of someone's weights
     used = set(re.findall(r"checkpoints/([\w-]+)", "\n".join([*COMMANDS, *code])))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -103,6 +105,8 @@ def test_commands_run(command, inside, extended):
     elif script in ("rollout.py", "attribute.py"):
         argv = ["cat" if word == "ship" else word for word in argv]
         argv += ["--device", "cpu"] + (["--num-images", "4"] if "--evaluate" in argv else [])
+    elif script == "export.py":
+        pytest.importorskip("safetensors" if "safetensors" in argv else "onnxscript")
     elif script == "campaign.py":
         argv += ["--list", "--device", "cpu"]
     main(argv)
@@ -122,6 +126,9 @@ def test_code_runs(page, blocks, inside, extended):
     """The blocks of a page one after the other, given a model and images."""
     scope = {"model": build_model("vit", embed_dim=16, depth=2, num_heads=2), "images": torch.zeros(2, 3, 32, 32)}
     small = ", ".join(map(repr, made_small("train_vit.py", [])))
+    if page.name == "export.md":
+        pytest.importorskip("onnxruntime")
+        importlib.import_module("export").main(["checkpoints/vit"])
     for block in blocks:
         exec(block.replace('"--dataset", "shapes"', small), scope)
     if page.name == "README.md":
@@ -138,6 +145,7 @@ def test_plans_can_be_read(inside):
 def test_flags_exist():
     scripts = [*TRAINING, "rollout.py", "benchmarks.train"]
     others = {"attribute.py": "attribute_parser", "campaign.py": "campaign_parser", "compare.py": "compare_parser"}
+    others |= {"export.py": "export_parser"}
     parsers = [script_parser(script) for script in scripts]
     parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
