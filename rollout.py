@@ -27,6 +27,7 @@ from maps.methods import (
     fuse_heads,
     gradient_rollout,
     maps_in_training_mode,
+    maps_of_layers,
     model_maps,
     raw,
     relevance,
@@ -100,15 +101,6 @@ def draw_maps(args, model, checkpoint, chosen, out):
         if args.patches:
             draw_patches(new_path(f"{explained.name}-patches.{args.format}"), model, explained.pixels, dpi=args.dpi)
     return written
-
-
-def maps_of_layers(model, recorder, index):
-    """The maps of one image, of every layer and head by itself: (L, heads, h, w)."""
-    pooling, maps = recorder.pooling, []
-    for weights in recorder.attentions:
-        heads = weights[index]  # (heads, N, N), as a batch of matrices
-        maps.append(model_maps(model, heads, None if pooling is None else pooling[index].expand(len(heads), -1)))
-    return torch.stack(maps).cpu().numpy()
 
 
 def attention_explainers(model, args):

@@ -47,6 +47,11 @@ def add_colour_bar(figure, grid, *, aspect, label="share of the map's maximum"):
 
 
 def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=150):
+    """Write panel_figure to path."""
+    save_figure(panel_figure(images, captions, maps, interpolation=interpolation), path, dpi)
+
+
+def panel_figure(images, captions, maps, *, interpolation="bilinear"):
     """One row per image: the image, then the map of each method over it; a single method is also drawn alone.
 
     images are (H, W, C) uint8, captions their titles, maps a list of {method: (rows, columns)}.
@@ -62,7 +67,7 @@ def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=15
         for axes, (method, title, alpha) in zip(axes_row[1:], columns, strict=True):
             show_image(axes, image, title, found[method], alpha=alpha, interpolation=interpolation)
     add_colour_bar(figure, grid, aspect=20 * len(images))
-    save_figure(figure, path, dpi)
+    return figure
 
 
 def draw_attributions(path, image, caption, rows, *, interpolation="bilinear", dpi=150):

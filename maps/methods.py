@@ -118,6 +118,15 @@ def without_padding(model, maps):
     return pixels[:, : pixels.shape[1] - bottom, : pixels.shape[2] - right]
 
 
+def maps_of_layers(model, recorder, index):
+    """The maps of one image, of every layer and head by itself: (L, heads, h, w)."""
+    pooling, maps = recorder.pooling, []
+    for weights in recorder.attentions:
+        heads = weights[index]  # (heads, N, N), as a batch of matrices
+        maps.append(model_maps(model, heads, None if pooling is None else pooling[index].expand(len(heads), -1)))
+    return torch.stack(maps).cpu().numpy()
+
+
 def attention_maps(model, images, methods, **options):
     """({method: maps (B, h, w)}, logits (B, classes)) of images (B, C, H, W); options as in attention_matrices."""
     matrices, logits, recorder = attention_matrices(model, images, methods, **options)

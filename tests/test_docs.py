@@ -16,7 +16,6 @@ import compare
 from experiments.plans import read_plan
 from experiments.scripts import script_parser
 from models import build_model
-from models.attention import ATTENTIONS
 from training.flags import ESSENTIAL
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
@@ -58,6 +57,8 @@ def workspace(tmp_path_factory):
     shutil.copy(REPOSITORY / "README.md", folder)
     write_images(folder / "photos", classes=("cat", "dog", "ship"), count=75)
     shutil.copy(folder / "photos" / "cat" / "000.png", folder / "photo.jpg")
+    (folder / "my_block.py").write_text(CODE[Path("docs/extending.md")][0])
+    (folder / "plans" / "cosine.toml").write_text(next(plan for plan in PLANS if "my_block.py:" in plan))
     for name in set(re.findall(r"plans/[\w-]+\.toml", "\n".join(COMMANDS))):
         if not (folder / name).exists():  # a page tells the reader to write it
             (folder / name).write_text(PLANS[0])
@@ -69,7 +70,8 @@ def workspace(tmp_path_factory):
         patch.chdir(folder)
         for name in sorted(used):
             script = next((s for s in TRAINING if name.startswith(s[6:9])), "train_vit.py")
-            argv = made_small(script, ["--run-name", name])
+            own = ["--attention", "my_block.py:CosineAttention"] if name == "cosine" else []
+            argv = made_small(script, ["--run-name", name, *own])
             importlib.import_module(script[:-3]).main(argv)
     return folder
 
@@ -80,16 +82,8 @@ def inside(workspace, monkeypatch):
     return workspace
 
 
-@pytest.fixture
-def extended():
-    """The attention that docs/extending.md adds."""
-    exec(CODE[Path("docs/extending.md")][0], {})
-    yield
-    del ATTENTIONS["cosine"]
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, inside, extended):
+def test_commands_run(command, inside):
     """On small settings; benchmarks and the lesson have tests of their own, and plans are listed, not run."""
     argv = shlex.split(command)[1:]
     if argv[0] == "-m":
@@ -122,7 +116,7 @@ def parse(module, argv):
 
 
 @pytest.mark.parametrize(("page", "blocks"), [item for item in CODE.items() if item[1]], ids=str)
-def test_code_runs(page, blocks, inside, extended):
+def test_code_runs(page, blocks, inside):
     """The blocks of a page one after the other, given a model and images."""
     scope = {"model": build_model("vit", embed_dim=16, depth=2, num_heads=2), "images": torch.zeros(2, 3, 32, 32)}
     small = ", ".join(map(repr, made_small("train_vit.py", [])))

@@ -1,0 +1,153 @@
+"""A page in the browser: drop a photograph, and see what a model takes it for, and where it looks.
+
+    python demo.py checkpoints/vit
+    python demo.py checkpoints/vit checkpoints/cct_2_3x2 --device cpu
+
+Only this computer can open the page; docs/demo.md says how to see it on Colab. It needs gradio:
+pip install -r requirements-demo.txt
+"""
+
+import html
+import os
+from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from errors import UserError, run_script
+from maps.draw import panel_figure
+from maps.images import caption_of, checkpoint_dataset, chosen_images, normalised, photographs
+from maps.methods import METHODS, attention_matrices, maps_of_layers, model_maps
+from models import build_model
+from training.checkpoint import load_checkpoint, rebuild_model
+from training.device import pick_device
+from training.flags import Parser, is_own_class
+
+ONE_AT_A_TIME = Lock()  # the recorder replaces a function of torch's for the whole process
+
+
+def demo_parser():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, metavar="RUN", help="runs' folders or checkpoint files, to choose from")
+    help_text = "the class of the runs' attention again, if it is your own: its file is run"
+    add("--attention", metavar="FILE.py:Class", help=help_text)
+    add("--data-dir", metavar="DIR", help="where the test images are, if they have moved since training")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    return parser
+
+
+class ShownRun:
+    """A run on the page: its checkpoint and model, how many layers and heads its attention has, and its dataset.
+
+    Raises UserError if there is no attention to draw.
+    """
+
+    def __init__(self, path, args):
+        self.device, self.data_dir = pick_device(args.device), args.data_dir
+        self.checkpoint = load_checkpoint(path, device=self.device)
+        own = args.attention if is_own_class(self.checkpoint["model_args"].get("attention")) else None
+        self.model = rebuild_model(self.checkpoint, build_model, attention=own).to(self.device)
+        size = self.checkpoint["image_size"]
+        try:
+            recorder = attention_matrices(self.model, torch.zeros(1, 3, size, size, device=self.device), ["raw"])[2]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        self.layers, self.heads = len(recorder.attentions), min(layer.shape[1] for layer in recorder.attentions)
+
+    @cached_property
+    def dataset(self):
+        return checkpoint_dataset(self.checkpoint, data_dir=self.data_dir)  # only if one of its images is asked for
+
+
+@lru_cache(maxsize=8)
+def decoded_photograph(path, run):
+    return photographs([Path(path)], run.checkpoint)[0]
+
+
+def look(run, photo, number, method="rollout", layer=0, head=0):
+    """({class: probability}, figure of the map) of a photograph's file, or of the test image of this number.
+
+    With a layer, counted from 1, the map is that of its attention alone, of one head or (0) of the mean over its heads;
+    with layer 0 the method joins all of them. Raises UserError.
+    """
+    if head and not layer:
+        raise UserError(f"head {head}: choose a layer, too; heads of different layers have no relation")
+    explained = decoded_photograph(photo, run) if photo else chosen_images(run.dataset, indices=[number])[0]
+    inputs = normalised(explained.pixels[None], run.checkpoint, run.device)  # (1, 3, S, S)
+    method = "raw" if layer else method
+    with ONE_AT_A_TIME:
+        matrices, logits, recorder = attention_matrices(run.model, inputs, [method])
+    title, one_map = method, model_maps(run.model, matrices[method], recorder.pooling)[0].cpu().numpy()
+    if layer:
+        maps = maps_of_layers(run.model, recorder, 0)[layer - 1]  # (heads, h, w)
+        title, one_map = f"layer {layer}, " + (f"head {head}" if head else "all heads"), maps.mean(0)
+        one_map = maps[head - 1] if head else one_map
+    probabilities, classes = logits.softmax(1)[0].cpu(), run.checkpoint["classes"]
+    caption = caption_of(explained, probabilities, classes)
+    figure = panel_figure([explained.shown], [caption], [{title: one_map}])
+    figure.set_dpi(160)
+    return dict(zip(classes, probabilities.tolist(), strict=True)), figure
+
+
+def import_gradio():
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported, too
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("demo.py needs gradio: pip install -r requirements-demo.txt") from error
+    return gradio
+
+
+def make_page(runs):
+    """The page, a gradio.Blocks, for runs {name: ShownRun}."""
+    gr = import_gradio()
+    names = list(runs)
+
+    def answer(name, photo, number, method, layer, head):
+        if not photo and number is None:
+            return None, None
+        try:
+            return look(runs[name], photo, number, method, layer, head)
+        except UserError as error:
+            message = str(error).replace(str(photo), Path(photo or "").name).removeprefix("--index ")
+            raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from error
+
+    def numbered(count, everything):
+        return {"choices": [(everything, 0), *((str(n), n) for n in range(1, count + 1))], "value": 0}
+
+    def layers_and_heads(name):
+        layers = numbered(runs[name].layers, "all, joined by the method")
+        return gr.Dropdown(**layers), gr.Dropdown(**numbered(runs[name].heads, "all, their mean"))
+
+    with gr.Blocks(title="Where does it look?", analytics_enabled=False, delete_cache=(3600, 3600)) as page, gr.Row():
+        with gr.Column(scale=1):
+            photo = gr.File(label="Drop a photograph", file_types=["image"], height=120)
+            number = gr.Number(label="or a test image, by its number", value=None, precision=0, minimum=0)
+            name = gr.Dropdown(names, value=names[0], label="model", visible=len(names) > 1)
+            method = gr.Dropdown(METHODS, value="rollout", label="method")
+            layer = gr.Dropdown(label="layer", **numbered(runs[names[0]].layers, "all, joined by the method"))
+            head = gr.Dropdown(label="head of this layer", **numbered(runs[names[0]].heads, "all, their mean"))
+        with gr.Column(scale=3):
+            figure = gr.Plot(label="where it looks")
+            label = gr.Label(label="what it sees", num_top_classes=5)
+        asked = {"fn": answer, "inputs": [name, photo, number, method, layer, head], "outputs": [label, figure]}
+        private = {"api_visibility": "private", "queue": False}
+        gr.on([method.input, layer.input, head.input], **asked, api_name="look", trigger_mode="always_last")
+        photo.upload(lambda: None, None, number, **private).then(**asked, api_visibility="private")
+        number.input(lambda: None, None, photo, **private).then(**asked, api_visibility="private")
+        name.input(layers_and_heads, name, [layer, head], **private).then(**asked, api_visibility="private")
+    return page
+
+
+def main(argv=None):
+    """Open the page as the command line (or argv) says; returns when it is closed, in a notebook at once."""
+    args = demo_parser().parse_args(argv)
+    import_gradio()
+    page = make_page({str(path): ShownRun(path, args) for path in args.checkpoints})
+    page.launch(server_name="127.0.0.1", share=False, max_file_size="100mb")
+
+
+if __name__ == "__main__":
+    run_script(main)
