@@ -1,4 +1,4 @@
-"""What rollout.py and attribute.py share: flags, the checkpoint and images to open, the evaluation of a checkpoint."""
+"""What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint."""
 
 import hashlib
 import json
@@ -20,14 +20,24 @@ from training.flags import Parser, at_least, number
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
-def maps_parser(description, methods, *, default):
-    """A parser with the flags of both commands; --method is one of methods, or all."""
+def checkpoint_parser(description):
+    """A parser with the flags of all commands that open a checkpoint."""
     parser = Parser(description)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
     help_text = "the class of the run's attention again, if it is your own: its file is run"
     add("--attention", metavar="FILE.py:Class", help=help_text)
+    add("--data-dir", metavar="DIR", help="where the run's images are, if they have moved since training")
+    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    return parser
+
+
+def maps_parser(description, methods, *, default):
+    """A parser with the flags of rollout.py and attribute.py; --method is one of methods, or all."""
+    parser = checkpoint_parser(description)
+    add = parser.add_argument
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--index", type=int, nargs="+", metavar="N", help="images to explain (default: 0 1 2 3)")
     add_one("--class", dest="class_name", metavar="CLASS", help="explain the first images of this class instead")
@@ -37,9 +47,6 @@ def maps_parser(description, methods, *, default):
     help_text = "images to evaluate (default: 1000; more give smaller standard errors), or to draw (default: 4)"
     add("--num-images", type=at_least(1), metavar="N", help=help_text)
     add("--method", choices=(*methods, "all"), help=f"(default: {default}; all with --evaluate)")
-    add("--data-dir", metavar="DIR", help="where the images are, if they have moved since training")
-    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
 
     add = parser.add_argument_group("figures").add_argument
     add("--out", type=Path, metavar="DIR", help="where to write (default: maps/ in the run's folder)")
@@ -58,13 +65,18 @@ def chosen_methods(args, methods, *, default):
     return tuple(methods) if name == "all" else (name,)
 
 
-def open_for_maps(args):
-    """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+def open_model(args):
+    """(checkpoint, its model on the device), as the flags of checkpoint_parser say."""
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
-    model = rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
+    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
+
+
+def open_for_maps(args):
+    """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+    checkpoint, model = open_model(args)
     if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)

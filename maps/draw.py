@@ -1,4 +1,4 @@
-"""Figures of maps: over the image, layer by layer and head by head, as matrices; and deletion and insertion curves."""
+"""Figures of maps: over images, layer by layer and head by head, as matrices, deletion curves; and of predictions."""
 
 import numpy as np
 import torch
@@ -152,3 +152,55 @@ def draw_deletion_curves(path, curves, caption, *, dpi=150):
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, path, dpi)
+
+
+def draw_sheet(path, images, captions, maps):
+    """Images (N, 3, H, W) with captions, and with their maps (h, w) over them if there are any."""
+    columns, rows = min(8, len(images)), -(-len(images) // 8)
+    figure, grid = subplots(rows, columns, width=1.8 * columns, height=2.1 * rows)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption, one_map in zip(grid.flat, images, captions, maps or [None] * len(images)):
+        show_image(axes, image.permute(1, 2, 0).numpy(), caption, one_map, alpha=0.5)
+    save_figure(figure, path, 100)
+
+
+def draw_shares(axes, shares, texts, rows, columns, **labels):
+    """Shares (rows, columns) as colours, with texts and names if there is room."""
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set(**labels)
+    if len(rows) <= 20:
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 5 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        for (row, column), text in np.ndenumerate(texts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+
+
+def draw_evaluation(path, title, found, images):
+    """One page of what evaluation() found, with the images (N, 3, H, W) of the surest mistakes."""
+    figure = Figure(figsize=(17, 9), layout="constrained")
+    figure.suptitle(title)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1))
+    confusion, reliability, *rest = top.subplots(1, 3 if "corruptions" in found else 2)
+    counts, classes = np.array(found["confusion"]), found["classes"]
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    right = {name: f" {row['accuracy']:.0%}" for name, row in found["accuracies"].items()}
+    rows = [name + right.get(name, "") for name in classes]
+    draw_shares(confusion, shares, counts, rows, classes, xlabel="predicted", ylabel="true class, and its accuracy")
+    for number, (label, (error, bins)) in enumerate(found["calibrations"].items()):
+        count, said, was = np.array(bins).T
+        reliability.plot(said, was, f"C{number}", label=f"{label}: calibration error {error:.3f}")
+        reliability.scatter(said, was, 400 * count / count.sum(), f"C{number}", alpha=0.5)  # area: images
+    reliability.plot([0, 1], [0, 1], "grey", linestyle=":", label="perfect")
+    reliability.set(xlabel="probability of the predicted class", ylabel="accuracy")
+    reliability.legend()
+    for axes in rest:
+        names, shares = found["corruptions"], np.array([*found["corruptions"].values()])
+        texts, title = (100 * shares).round().astype(int), "accuracy (%) with corruptions of strengths 1 to 5"
+        draw_shares(axes, shares, texts, names, range(1, 6), title=title)
+    bottom.suptitle("the surest mistakes")
+    grid = bottom.subplots(1, len(images) or 1, squeeze=False)[0]
+    for axes, image, (_, true, said, probability) in zip(grid, images, found["mistakes"]):
+        show_image(axes, image.permute(1, 2, 0).numpy(), f"true {true}\n{said} ({probability:.0%})")
+    save_figure(figure, path, 110)

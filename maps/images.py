@@ -76,17 +76,23 @@ def photographs(paths, checkpoint):
     """
     if repeated := [name for name, count in Counter(path.stem for path in paths).items() if count > 1]:
         raise UserError(f"--image: several files are named {repeated[0]}, and their maps would be one file; rename one")
-    args, image_size = checkpoint["args"], checkpoint["image_size"]
-    large = is_large(args["dataset"], image_size)
+    shown, pixels = (pixels_of(paths, checkpoint, least=size) for size in (256, 1))
+    files = zip(paths, shown.permute(0, 2, 3, 1).numpy(), pixels, strict=True)
+    return [Explained(path.stem, *both, None) for path, *both in files]
+
+
+def pixels_of(paths, checkpoint, *, least=1):
+    """The images in files (N, C, H, W) uint8, cropped as the checkpoint's test images are.
+
+    If the longer side has fewer pixels than `least`, they are enlarged to that, for figures.
+    """
+    args, size = checkpoint["args"], checkpoint["image_size"]
+    large = is_large(args["dataset"], size)
     crop = partial(centre_crop, crop_pct=args.get("crop_pct", CROP_PCT)) if large else decode_image
-    crop = partial(crop, channels=len(checkpoint["mean"]))  # (path, size) -> (C, H, W) uint8
-    sides = both_sides(image_size)
-    larger = [round(side * max(1, 256 / max(sides))) for side in sides]
-    explained = []
-    for path in paths:
-        shown = crop(path, larger[0] if large else larger).transpose(1, 2, 0)
-        explained.append(Explained(path.stem, shown, torch.tensor(crop(path, image_size)), None))
-    return explained
+    sides = both_sides(size)
+    sides = [round(side * max(1, least / max(sides))) for side in sides]
+    side = sides[0] if large else sides  # large images are square
+    return torch.from_numpy(decode_images(paths, side, crop, channels=len(checkpoint["mean"])))
 
 
 def normalised(pixels, checkpoint, device="cpu"):

@@ -134,15 +134,15 @@ def holds_runs(folder, depth=2):
     return False
 
 
-def list_images(folder, skipped):
+def list_images(folder, skipped, *, of_class=True):
     """(path, size in bytes, modification time and inode) of all images below a folder, sorted.
 
     Appends the paths of what is not read to the lists in skipped, {kind: paths}. Raises UserError without any image,
-    and if there are splits below the class folder.
+    and if there are splits below the folder of a class.
     """
     found = []
     for parent, folders, names in os.walk(folder, onerror=lambda error: skipped["unreadable"].append(error.filename)):
-        if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
+        if of_class and folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
             raise UserError(f"{parent} holds splits ({', '.join(folders)}): they belong above classes: train/cat/1.jpg")
         if links := [path for name in folders if os.path.islink(path := os.path.join(parent, name))]:
             skipped["linked"] += links

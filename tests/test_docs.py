@@ -56,6 +56,7 @@ def workspace(tmp_path_factory):
         shutil.copytree(REPOSITORY / name, folder / name)
     shutil.copy(REPOSITORY / "README.md", folder)
     write_images(folder / "photos", classes=("cat", "dog", "ship"), count=75)
+    write_images(folder / "elsewhere", classes=("cat", "dog", "lion"), suffix=".jpg")
     shutil.copy(folder / "photos" / "cat" / "000.png", folder / "photo.jpg")
     (folder / "my_block.py").write_text(CODE[Path("docs/extending.md")][0])
     (folder / "plans" / "cosine.toml").write_text(next(plan for plan in PLANS if "my_block.py:" in plan))
@@ -96,6 +97,10 @@ def test_commands_run(command, inside):
         if "--run-name" in argv and "auto" not in argv:
             argv += ["--overwrite"]
         argv = made_small(script, argv)
+    elif script == "predict.py":
+        if "--corruptions" in argv:
+            pytest.importorskip("imagecorruptions")
+        argv += ["--device", "cpu"]
     elif script in ("rollout.py", "attribute.py"):
         argv = ["cat" if word == "ship" else word for word in argv]
         argv += ["--device", "cpu"] + (["--num-images", "4"] if "--evaluate" in argv else [])
@@ -139,7 +144,7 @@ def test_plans_can_be_read(inside):
 def test_flags_exist():
     scripts = [*TRAINING, "rollout.py", "benchmarks.train"]
     others = {"attribute.py": "attribute_parser", "campaign.py": "campaign_parser", "compare.py": "compare_parser"}
-    others |= {"export.py": "export_parser"}
+    others |= {"export.py": "export_parser", "predict.py": "predict_parser"}
     parsers = [script_parser(script) for script in scripts]
     parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
