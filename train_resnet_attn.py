@@ -29,7 +29,6 @@ from pipeline.policies import POLICIES
 from pipeline.proposals import implied_dataset
 from seeding import seed_for
 from training.arguments import start_run
-from training.checkpoint import start_from_weights
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import at_least, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
@@ -37,6 +36,7 @@ from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
 from training.outputs import print_header, print_model, print_summary
 from training.run import Run
+from training.weights import start_from_weights
 
 SURVEY = {
     "dataset": "cifar10",  # the survey

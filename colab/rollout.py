@@ -8,12 +8,15 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 from contextlib import contextmanager, suppress
+import copy
 import ctypes
 from dataclasses import dataclass, replace
 import difflib
 import functools
 from functools import cache, partial
 import hashlib
+import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -25,9 +28,11 @@ import pickle
 import platform
 import re
 import stat
+import statistics
 import sys
 from textwrap import shorten
 from threading import Lock
+import traceback
 from types import SimpleNamespace, UnionType
 from typing import NamedTuple, get_args, get_origin
 import zipfile
@@ -60,15 +65,26 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
+def import_optional(name):
+    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
+
+
 def command_line():
     """The arguments of this process; none in a notebook, where they are the kernel's own."""
-    from_kernel = "ipykernel" in sys.modules and any("kernel" in part for part in sys.argv[0].split(os.sep)[-2:])
-    return [] if from_kernel else sys.argv[1:]
+    folder, name = os.path.split(sys.argv[0])
+    from_kernel = "kernel" in name or os.path.basename(folder) == "ipykernel"
+    return [] if from_kernel and "ipykernel" in sys.modules else sys.argv[1:]
 
 
 def is_memory_error(error):
     """Whether an exception says that the memory of a GPU (torch.OutOfMemoryError) or of the host is used up."""
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return named or isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
 def bar_disabled():
@@ -160,7 +176,7 @@ def explicit_is_faster(q):
     1.6, 0.4, 0.4 and 0.4.
     """
     tokens = q.shape[-2]
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or torch.compiler.is_exporting():  # an exported model may run anywhere
         return False
     if q.dtype == torch.bfloat16:
         return tokens <= 400
@@ -268,19 +284,18 @@ ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": 
 
 
 def make_attention(name, spec):
-    """The module `name` of ATTENTIONS, on tokens (B, N, dim). Raises UserError for an unknown name or invalid spec."""
-    if name not in ATTENTIONS:
+    """The module `name` of ATTENTIONS, or a class, on tokens (B, N, dim). Raises UserError for an unknown name."""
+    if name not in ATTENTIONS and not isinstance(name, type):
         raise UserError(f"--attention {name}: choose from {', '.join(ATTENTIONS)}")
-    return ATTENTIONS[name](spec)
+    return ATTENTIONS.get(name, name)(spec)
 
 
 class Mlp(nn.Sequential):
     """Linear, GELU, dropout, Linear, dropout on (B, N, dim)."""
 
     def __init__(self, dim, hidden_dim, *, drop=0.0):
-        super().__init__(
-            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(drop), nn.Linear(hidden_dim, dim), Dropout(drop)
-        )
+        first, second = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        super().__init__(first, nn.GELU(), Dropout(drop), second, Dropout(drop))
 
 
 class Block(nn.Module):
@@ -376,7 +391,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         images = F.pad(images, self.padding)  # (B, C, rows * patch_size, columns * patch_size)
         x = self.patch_embed(to_patches(images, self.patch_size))  # (B, N, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, dim)
         x = self.drop(x + self.pos_embed)
         for block in self.blocks:
             x = block(x)
@@ -418,40 +433,109 @@ def from_patches(patches, patch_size, grid):
     return images.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
 
-# ---- models/pretrained.py: torchvision's ViT-B/16 for fine-tuning on small images, and weights that others have published.
+# ---- models/pretrained.py: torchvision's ViT-B/16 and timm's for fine-tuning on small images, and weights that others have published.
 
-class PretrainedViT(nn.Module):
-    """torchvision's ViT-B/16 (Dosovitskiy et al. 2021): images (B, 3, H, W) of any size to logits (B, num_classes).
+VIT_B_16 = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
 
-    Images are enlarged to 224 pixels inside the model, so that a dataset of small images stays small in memory.
+
+class EnlargingViT(nn.Module):
+    """Images (B, 3, H, W) of any size to the logits (B, num_classes) of a model `vit` for images of one size, `side`.
+
+    Images are enlarged inside the model, so that a dataset of small images stays small in memory.
     """
+
+    def forward(self, images):
+        if images.shape[2:] != (self.side, self.side):
+            images = F.interpolate(
+                images, (self.side, self.side), mode="bilinear", antialias=True
+            )  # (B, 3, side, side)
+        return self.vit(images)  # (B, num_classes)
+
+
+class PretrainedViT(EnlargingViT):
+    """torchvision's ViT-B/16 (Dosovitskiy et al. 2021)."""
 
     grid, patch_size, side = (14, 14), 16, 224
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
 
-    def __init__(self, *, num_classes=10, drop=0.0):
+    def __init__(self, *, in_channels=3, num_classes=10, drop=0.0):
         super().__init__()
+        if in_channels != 3:
+            raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
-    def forward(self, images):
-        if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)  # (B, 3, 224, 224)
-        return self.vit(images)  # (B, num_classes)
+    def pretrained(self):
+        """(weights, mean, std of the images that they expect). Raises UserError if they cannot be downloaded."""
+        return download_weights(VIT_B_16), *imagenet_statistics()
+
+
+class TimmViT(EnlargingViT):
+    """timm's model `name`, if it cuts images into patches. Raises UserError without timm and for other names."""
+
+    def __init__(self, *, name, num_classes=10, drop_path=0.0):
+        super().__init__()
+        self.name, self.config = f"timm:{name}", timm_config(name)
+        self.vit = import_optional("timm").create_model(name, num_classes=num_classes, drop_path_rate=drop_path or None)
+        if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
+            raise UserError(f"--model {self.name} does not cut images into patches")
+        self.grid, self.side = tuple(self.vit.patch_embed.grid_size), self.config.input_size[-1]
+        self.patch_size = self.side // self.grid[0]
+        self.no_weight_decay = tuple(f"vit.{parameter}" for parameter in getattr(self.vit, "no_weight_decay", set)())
+        self.class_token = getattr(self.vit, "global_pool", "avg") != "avg"  # for maps: else the mean of all tokens
+
+    def pretrained(self):
+        """(weights, mean, std of the images that they expect). Raises UserError if they cannot be downloaded."""
+        try:
+            model = import_optional("timm").create_model(self.name.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # of timm, of the hub's client, of the network
+            reason = str(error).split("\n")[0]
+            advice = "--init-from FILE takes a file of them"
+            raise UserError(f"--pretrained: no weights of {self.name} ({reason}): {advice}") from error
+        return model.state_dict(), list(self.config.mean), list(self.config.std)
+
+
+def timm_config(name):
+    """timm's description of the weights of a model, with their image size. Raises UserError for an unknown name."""
+    timm = import_optional("timm")
+    if not timm.is_model(name):
+        raise UserError(f"--model timm:{name}: timm {timm.__version__} has no such model (timm.list_models() has all)")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"--model timm:{name}: {error}") from error
+
+
+def imagenet_statistics():
+    """(mean, std) of the images that the weights expect, as fractions of 255."""
+    preset = VIT_B_16.transforms()
+    return preset.mean, preset.std
+
+
+def download_weights(weights):
+    """The state dict of torchvision's `weights`, from torch's cache or downloaded. Raises UserError if that fails."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        return weights.get_state_dict(check_hash=True)
+    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        cached = folder / weights.url.rpartition("/")[2]
+        if cached.exists():  # it was not downloaded now, and its hash was not looked at
+            raise UserError(f"--pretrained: {cached} is damaged: delete it, and it is downloaded again") from error
+        raise UserError(f"--pretrained: {weights.url} cannot be downloaded ({error}): put it into {folder}") from error
 
 
 # ---- models/cct.py: Compact transformers: ViT-Lite, CVT and CCT (Hassani et al. 2021, "Escaping the Big Data Paradigm").
 
-def conv_tokenizer(embed_dim, *, kernel_size, layers):
-    """The tokenizer of CCT: images (B, 3, H, W) to feature maps (B, embed_dim, rows, columns).
+def conv_tokenizer(embed_dim, *, kernel_size, layers, in_channels=3):
+    """The tokenizer of CCT: images (B, in_channels, H, W) to feature maps (B, embed_dim, rows, columns).
 
     Each layer is a convolution without bias, MaxPool(3, 2, 1) and ReLU; all except the last have 64 channels. The
     published code has ReLU before the pooling: the same result for four times the work.
     """
-    widths = [3] + [64] * (layers - 1) + [embed_dim]
+    widths = [in_channels] + [64] * (layers - 1) + [embed_dim]
     options = {"stride": max(1, kernel_size // 2 - 1), "padding": kernel_size // 2, "bias": False}
     modules = []
-    for in_channels, out_channels in zip(widths, widths[1:], strict=False):
-        modules += [nn.Conv2d(in_channels, out_channels, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
+    for before, after in zip(widths, widths[1:], strict=False):
+        modules += [nn.Conv2d(before, after, kernel_size, **options), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
     return nn.Sequential(*modules)
 
 
@@ -493,7 +577,7 @@ class SequencePooling(nn.Module):
 
 
 class CompactTransformer(nn.Module):
-    """A compact transformer (Hassani et al. 2021): images (B, 3, H, W) to logits (B, num_classes).
+    """A compact transformer (Hassani et al. 2021): images (B, C, H, W) to logits (B, num_classes).
 
     image_size is a number of pixels or (height, width). With kernel_size the tokenizer is CCT's, else a convolution of
     kernel = stride = patch_size. positional_embedding is "learnable", "sine" or "none". class_token replaces sequence
@@ -507,6 +591,7 @@ class CompactTransformer(nn.Module):
         self,
         *,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         embed_dim=256,
         depth=6,
@@ -524,9 +609,10 @@ class CompactTransformer(nn.Module):
     ):
         super().__init__()
         if kernel_size:
-            self.tokenizer = conv_tokenizer(embed_dim, kernel_size=kernel_size, layers=conv_layers)
+            options = {"kernel_size": kernel_size, "layers": conv_layers, "in_channels": in_channels}
+            self.tokenizer = conv_tokenizer(embed_dim, **options)
         else:
-            self.tokenizer = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+            self.tokenizer = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
         self.grid = token_grid(self.tokenizer, image_size)
         tokens = self.grid[0] * self.grid[1] + class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -566,7 +652,7 @@ class CompactTransformer(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)  # faster for convolutions
         x = self.tokenizer(images).flatten(2).mT  # (B, N, dim)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, dim)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, dim)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         x = self.drop(x)
@@ -589,9 +675,10 @@ def token_grid(tokenizer, image_size):
         for side in sides:
             if side % patch:
                 raise UserError(f"--image-size {side}: must be a multiple of {patch}, the side of a patch")
-    grid = tuple(tokenizer(torch.zeros(1, 3, *sides)).shape[2:])
+    channels = next(tokenizer.parameters()).shape[1]
+    grid = tuple(tokenizer(torch.zeros(1, channels, *sides)).shape[2:])
     if max(grid) == 1:
-        enough = next(s for s in itertools.count(max(sides)) if tokenizer(torch.zeros(1, 3, s, s)).shape[2] > 1)
+        enough = next(s for s in itertools.count(max(sides)) if tokenizer(torch.zeros(1, channels, s, s)).shape[2] > 1)
         raise UserError(f"--image-size {max(sides)} is too small: the image is a single token; use {enough} or more")
     return grid
 
@@ -669,7 +756,7 @@ class NanoBlock(nn.Module):
 class NanoTransformer(nn.Module):
     """Inverted residuals down to a quarter of the image's side, then attention blocks, each applied `repeats` times.
 
-    Images (B, 3, H, W) to logits (B, num_classes). Applying a block twice (Lan et al. 2020, ALBERT) adds depth without
+    Images (B, C, H, W) to logits (B, num_classes). Applying a block twice (Lan et al. 2020, ALBERT) adds depth without
     parameters: with 100 classes the defaults have 466,517. Raises UserError if the image is too small.
     """
 
@@ -679,6 +766,7 @@ class NanoTransformer(nn.Module):
         self,
         *,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         width=48,
         expansion=3,
@@ -694,7 +782,7 @@ class NanoTransformer(nn.Module):
     ):
         super().__init__()
         self.tokenizer = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.MaxPool2d(3, 2, 1),
             nn.GELU(),
@@ -800,7 +888,7 @@ class NodeAttention2d(nn.Module):
         self.nodes = nn.Conv2d(channels, channels, patch_size, stride=patch_size)
         spec = AttentionSpec(channels, num_heads)
         self.block = Block(spec)  # draws a softmax attention too, as recorded runs did; it is replaced
-        self.block.attn = NODE_ATTENTIONS[attention](spec)
+        self.block.attn = NODE_ATTENTIONS.get(attention, attention)(spec)
         self.back = nn.ConvTranspose2d(channels, channels, patch_size, stride=patch_size)
         self.gamma = nn.Parameter(torch.zeros(1)) if gamma else None
 
@@ -887,21 +975,23 @@ def make_attention2d(
 ):
     """The module `name`, one of `known`, on maps (B, channels, H, W); "none" is the identity.
 
-    patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and symmetric for SimpleSelfAttention.
-    Raises UserError for an unknown name, and for an option that the module does not have or cannot use.
+    A class stands for a node attention. patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and
+    symmetric for SimpleSelfAttention. Raises UserError for an unknown name, and for an option that the module does not
+    have or cannot use.
     """
-    if name not in known:
-        raise UserError(f"--attention {name}: choose from {', '.join(known)}")
-    if name not in NODE_ATTENTIONS and patch_size != 1:
-        raise UserError(f"--attention {name}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
-    if name != "simple" and (symmetric or kernel_size != 1):
+    kind, said = ("classic", name.__name__) if isinstance(name, type) else (name, name)
+    if kind not in known:
+        raise UserError(f"--attention {said}: choose from {', '.join(known)}")
+    if kind not in NODE_ATTENTIONS and patch_size != 1:
+        raise UserError(f"--attention {said}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
+    if kind != "simple" and (symmetric or kernel_size != 1):
         option = "--symmetric" if symmetric else f"--attention-kernel-size {kernel_size}"
-        raise UserError(f"--attention {name}: {option} requires --attention simple")
-    if name in NODE_ATTENTIONS:
+        raise UserError(f"--attention {said}: {option} requires --attention simple")
+    if kind in NODE_ATTENTIONS:
         return NodeAttention2d(channels, attention=name, patch_size=patch_size, num_heads=num_heads, gamma=gamma)
-    if name == "sagan":
+    if kind == "sagan":
         return SelfAttention2d(channels)
-    if name == "simple":
+    if kind == "simple":
         return SimpleSelfAttention(channels, kernel_size=kernel_size, symmetric=symmetric)
     return nn.Identity()
 
@@ -953,9 +1043,7 @@ def node_grid(grids, stage, *, flag="--attention-after", patch_size=1, instead=(
         raise UserError(f"{flag} {stage}: choose from {', '.join(grids)}")
     rows, columns = grids[stage]
     if patch_size < 1 or rows % patch_size or columns % patch_size:
-        raise UserError(
-            f"--patch-size {patch_size} does not divide the feature map of {rows} x {columns} after {stage}"
-        )
+        raise UserError(f"--patch-size {patch_size} does not divide the map of {rows} x {columns} after {stage}")
     if rows == columns == patch_size:
         ways = [f"{flag} {name}" for name in grids if max(grids[name]) > patch_size][-1:] + list(instead)
         ways += ["a smaller --patch-size"] if patch_size > 1 else []
@@ -976,7 +1064,7 @@ def residual_stage(block, in_channels, planes, *, count, stride):
 
 
 class ResNet(TrunkAndHead):
-    """torchvision's ResNet (He et al. 2016) on images (B, 3, H, W), with attention after one of its stages.
+    """torchvision's ResNet (He et al. 2016) on images (B, C, H, W), with attention after one of its stages.
 
     image_size is a number of pixels or (height, width). The stem is torchvision's, "imagenet", or "cifar" (3x3, no
     stride, no pooling), the default up to 64 pixels. width is the number of channels in the first stage, or a quarter
@@ -990,6 +1078,7 @@ class ResNet(TrunkAndHead):
         *,
         depth=18,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         stem=None,
         width=64,
@@ -1017,17 +1106,17 @@ class ResNet(TrunkAndHead):
 
         block, counts = RESNET_BLOCKS[depth]
         kernel_size, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(3, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
         channels = {}
-        in_channels = width
+        before = width
         for i, (name, count) in enumerate(zip(STAGES, counts)):
-            setattr(self, name, residual_stage(block, in_channels, width * 2**i, count=count, stride=2 if i else 1))
-            in_channels = channels[name] = width * 2**i * block.expansion
+            setattr(self, name, residual_stage(block, before, width * 2**i, count=count, stride=2 if i else 1))
+            before = channels[name] = width * 2**i * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1083,7 +1172,7 @@ class XResBlock(nn.Module):
 
 
 class XResNet(TrunkAndHead):
-    """XResNet on images (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
+    """XResNet on images (B, C, H, W): a stem of three convolutions, four stages, a linear head on the mean.
 
     attention is "none", "sagan" or "simple", in the last block of each stage in attention_in, between its last
     normalisation and the skip connection (github.com/sdoria/SimpleSelfAttention, 2019). Today's fastai has stem_widths
@@ -1097,6 +1186,7 @@ class XResNet(TrunkAndHead):
         *,
         depth=50,
         image_size=128,
+        in_channels=3,
         num_classes=10,
         stem_widths=(32, 64, 64),
         attention="none",
@@ -1108,20 +1198,20 @@ class XResNet(TrunkAndHead):
         if len(stem_widths) != 3:
             raise UserError(f"--stem-widths {' '.join(map(str, stem_widths))}: must be three numbers, such as 32 64 64")
         expansion, counts = XRESNET_BLOCKS[depth]
-        stem = zip((3, *stem_widths), stem_widths, (2, 1, 1))
+        stem = zip((in_channels, *stem_widths), stem_widths, (2, 1, 1))
         self.stem = nn.Sequential(*(conv_bn(before, after, 3, stride=stride) for before, after, stride in stem))
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = dict(zip(STAGES, (64 * expansion * 2**i for i in range(4))))
-        in_channels = stem_widths[-1]
+        width = stem_widths[-1]
         for name, count in zip(STAGES, counts):
             blocks = []
             for i in range(count):
                 stride = 2 if i == 0 and name != "layer1" else 1
-                blocks.append(XResBlock(in_channels, channels[name], expansion=expansion, stride=stride))
-                in_channels = channels[name]
+                blocks.append(XResBlock(width, channels[name], expansion=expansion, stride=stride))
+                width = channels[name]
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -1156,6 +1246,8 @@ def model_family(name):
         return {"vit": VisionTransformer}
     if name == "vit_b_16":
         return {"vit_b_16": PretrainedViT}
+    if name.startswith("timm:"):
+        return {name: partial(TimmViT, name=name.removeprefix("timm:"))}
     if name.startswith("cct_nano"):
         return NANO_MODELS
     if name.startswith(("vit_lite_", "cvt_", "cct_")):
@@ -1197,8 +1289,8 @@ def images_in_memory():
     """A context, or a function's decorator, in which running out of memory is a UserError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except Exception as error:
+        if not is_memory_error(error):
             raise
         raise UserError("the images do not fit into memory: use a smaller --image-size, or fewer images") from error
 
@@ -1235,25 +1327,39 @@ def eight_bits(image, file_format):
     return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
 
 
-def upright_image(path, size):
-    """A PIL image in RGB, turned by its EXIF tag. A large JPEG is decoded smaller, but no side is shorter than size."""
+def both_sides(size):
+    """(height, width) of an image size, which is a number of pixels or [height, width]."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def channels_first(image):
+    """A PIL image as an array (C, H, W) uint8."""
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def upright_image(path, size, channels=3):
+    """A PIL image in RGB, or in grey if channels is 1, turned by its EXIF tag.
+
+    A large JPEG is decoded smaller, but no side is shorter than size.
+    """
     with open_image(path) as image:
         image.draft("RGB", (size, size))
-        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 
 
-def decode_image(path, size):
-    """One image, (3, size, size) uint8."""
-    image = upright_image(path, size)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+def decode_image(path, size, channels=3):
+    """One image, (C, H, W) uint8, of a size that both_sides knows."""
+    height, width = both_sides(size)
+    image = upright_image(path, max(height, width), channels)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return channels_first(image)
 
 
-def decode_images(paths, size, decode=decode_image):
-    """decode(path, size) of each path, as one array (N, 3, size, size) uint8."""
-    images = np.empty((len(paths), 3, size, size), np.uint8)
-    for row, image in enumerate(by_all_cores(partial(decode, size=size), paths)):
+def decode_images(paths, size, decode=decode_image, *, channels=3):
+    """decode(path, size, channels=channels) of each path, as one array (N, C, H, W) uint8."""
+    images = np.empty((len(paths), channels, *both_sides(size)), np.uint8)
+    for row, image in enumerate(by_all_cores(partial(decode, size=size, channels=channels), paths)):
         images[row] = image
     return images
 
@@ -1290,8 +1396,9 @@ def by_all_cores(decode, paths):
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # what their folders may be called, in any case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-RUN_FILES = ("last.pt", "last.prev.pt", "split.csv")  # what training leaves in the folder of a run
+RUN_FILES = ("last.pt", "last.prev.pt")  # what training leaves in the folder of a run
 DECODING = 2  # part of a cache's key: raise it when a file gives other pixels than before
+GREY = {1: "-grey", 3: ""}  # {channels: end of the names of caches}
 
 
 def find_splits(root):
@@ -1302,6 +1409,7 @@ def find_splits(root):
     """
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
+    check_unclear_splits(root)
     found = [(split, name) for name in subfolders(root) for split in SPLITS if name.lower() in SPLITS[split]]
     named = " and ".join(f"{name}/" for _, name in found)
     folders = {split: root / name for split, name in found}
@@ -1313,7 +1421,10 @@ def find_splits(root):
     if first in ("val", "test"):
         raise UserError(f"--data-dir {root}: it has {named}, but no train/ (if that is a class, rename it)")
     if first == "train" and not names:
-        raise UserError(f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg")
+        raise UserError(
+            f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg"
+            " (if it is a class itself, rename it)"
+        )
     if first == "train" and len(folders) == 1:
         raise UserError(f"--data-dir {root}: it has {named}, but no test/ or val/ beside it")
     for split, others in classes.items():
@@ -1328,15 +1439,30 @@ def find_splits(root):
     return names, folders
 
 
-def read_folder(root, image_size, cache_dir=None):
-    """(class names, {split: (images (N, 3, S, S) uint8, labels (N,), file names)}) for the splits of find_splits.
+def check_unclear_splits(root):
+    """Raises UserError for folders such as seg_train/ and seg_test/, which are splits or classes."""
+    meant = {}  # {folder: the split that a word of its name says}
+    for name in subfolders(root):
+        for split in SPLITS:
+            if {*re.split(r"[\W_\d]+", name.lower())} & {*SPLITS[split]}:
+                meant[name] = split
+    unclear = [name for name, split in meant.items() if name.lower() not in SPLITS[split]]
+    if unclear and len(set(meant.values())) > 1:
+        names = " and ".join(f"{name}/" for name in meant)
+        raise UserError(f"--data-dir {root}: {names} look like splits: name them train/ and test/, with class folders")
 
-    Images are turned upright by their EXIF tag, resized so that the short side fits, and cropped to the centre square.
-    Raises UserError if the folder cannot be used or a file cannot be decoded.
+
+def read_folder(root, image_size, cache_dir=None, *, channels=3):
+    """(class names, {split: (images (N, C, H, W) uint8, labels (N,), file names)}) for the splits of find_splits.
+
+    Images are turned upright by their EXIF tag, resized so that one side fits, and cropped to the centre. image_size is
+    a number of pixels or [height, width]. Raises UserError if the folder cannot be used or a file cannot be decoded.
     """
     names, files, splits = list_folder(root)
     paths = [path for path, _, _ in files]
-    images = cached_array(root, f"{image_size}px", files, lambda: decode_images(paths, image_size), cache_dir)
+    name = (f"{image_size}px" if isinstance(image_size, int) else "{}x{}px".format(*image_size)) + GREY[channels]
+    decode = partial(decode_images, paths, image_size, channels=channels)
+    images = cached_array(root, name, files, decode, cache_dir)
     parts = torch.from_numpy(images).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (part, *splits[split]) for split, part in zip(splits, parts)}
 
@@ -1347,6 +1473,8 @@ def list_folder(root):
     A warning on stderr counts what is not read.
     """
     class_folders, folders = find_splits(root)
+    if "test" in folders and (name := folders["test"].name).lower() in SPLITS["val"]:
+        print(f"{printable(root.name)} has no test/: {name}/ is the test set")
     all_files, splits, skipped = [], {}, defaultdict(list)
     for split, folder in folders.items():
         found = [(file, y) for y, name in enumerate(class_folders) for file in list_images(folder / name, skipped)]
@@ -1372,7 +1500,7 @@ def subfolders(folder):
     return sorted(entry.name for entry in found if entry.name != "checkpoints" and not holds_runs(entry))
 
 
-def holds_runs(folder, depth=1):
+def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
             if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
@@ -1380,18 +1508,16 @@ def holds_runs(folder, depth=1):
     return False
 
 
-def list_images(folder, skipped):
-    """(path, size in bytes, modification time) of all images below a folder, sorted.
+def list_images(folder, skipped, *, of_class=True):
+    """(path, size in bytes, modification time and inode) of all images below a folder, sorted.
 
     Appends the paths of what is not read to the lists in skipped, {kind: paths}. Raises UserError without any image,
-    and if there are splits below the class folder.
+    and if there are splits below the folder of a class.
     """
     found = []
     for parent, folders, names in os.walk(folder, onerror=lambda error: skipped["unreadable"].append(error.filename)):
-        if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
-            raise UserError(
-                f"{parent} holds splits ({', '.join(folders)}), which belong above classes: train/cat/1.jpg"
-            )
+        if of_class and folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
+            raise UserError(f"{parent} holds splits ({', '.join(folders)}): they belong above classes: train/cat/1.jpg")
         if links := [path for name in folders if os.path.islink(path := os.path.join(parent, name))]:
             skipped["linked"] += links
         for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
@@ -1404,7 +1530,7 @@ def list_images(folder, skipped):
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
             if stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size, status.st_mtime_ns))
+                found.append((path, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}"))
             else:
                 skipped["no regular file"].append(path)
     if not found:
@@ -1453,7 +1579,7 @@ def default_cache_dir():
 
 
 def cached_array(root, name, files, make, cache_dir):
-    """make(), or its cached result if no path, size or modification time in `files` has changed since.
+    """make(), or its cached result if nothing in `files` (see list_images) has changed since.
 
     The cache keeps one file per root and name.
     """
@@ -1488,26 +1614,12 @@ MD5_SUMS = {  # Imagenette's from torchvision; Imagewoof's from catalyst, whose 
     "imagewoof2": "9aafe18bcdb1632c4249a76c458465ba",
 }
 READABLE = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-    "n02086240": "Shih-Tzu",
-    "n02087394": "Rhodesian ridgeback",
-    "n02088364": "beagle",
-    "n02089973": "English foxhound",
-    "n02093754": "Border terrier",
-    "n02096294": "Australian terrier",
-    "n02099601": "golden retriever",
-    "n02105641": "Old English sheepdog",
-    "n02111889": "Samoyed",
-    "n02115641": "dingo",
+    **{"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw"},
+    **{"n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump"},
+    **{"n03445777": "golf ball", "n03888257": "parachute", "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback"},
+    **{"n02088364": "beagle", "n02089973": "English foxhound", "n02093754": "Border terrier"},
+    **{"n02096294": "Australian terrier", "n02099601": "golden retriever", "n02105641": "Old English sheepdog"},
+    **{"n02111889": "Samoyed", "n02115641": "dingo"},
 }
 
 
@@ -1551,6 +1663,7 @@ class LargeImages:
     image_size: int  # side of a crop
     crop_pct: float  # see CROP_PCT
     cache_dir: Path | None
+    channels: int = 3
 
     def __len__(self):
         return len(self.files)
@@ -1561,24 +1674,25 @@ class LargeImages:
 
     @property
     def num_bytes(self):
-        return 3 * self.sizes.prod(1).sum().item()
+        return self.channels * self.sizes.prod(1).sum().item()
 
     def cached(self, name, make):
-        return cached_array(self.root, f"{self.image_size}px-{name}", self.files.tolist(), make, self.cache_dir)
+        name = f"{self.image_size}px-{name}{GREY[self.channels]}"
+        return cached_array(self.root, name, self.files.tolist(), make, self.cache_dir)
 
     def decode(self, index):
-        """One image, (H, W, 3) uint8."""
+        """One image, (H, W, C) uint8."""
         height, width = self.sizes[index].tolist()
-        image = upright_image(self.files[index, 0], min(height, width))
+        image = upright_image(self.files[index, 0], min(height, width), self.channels)
         if image.size != (width, height):
             image = image.resize((width, height), Resampling.BILINEAR)
-        return np.array(image)
+        return np.array(image).reshape(height, width, self.channels)
 
     def decode_all(self):
-        """The bytes of all images (H, W, 3), one after the other, and space for one more line (see cut_together)."""
+        """The bytes of all images (H, W, C), one after the other, and space for one more line (see cut_together)."""
 
         def pixels():
-            buffer, end = np.empty(self.num_bytes + 3 * self.sizes[:, 1].max().item(), np.uint8), 0
+            buffer, end = np.empty(self.num_bytes + self.channels * self.sizes[:, 1].max().item(), np.uint8), 0
             for image in by_all_cores(self.decode, range(len(self))):
                 start, end = end, end + image.size
                 buffer[start:end] = image.ravel()
@@ -1587,17 +1701,17 @@ class LargeImages:
         return torch.from_numpy(self.cached("whole", pixels))
 
     def centre_crops(self, split):
-        """centre_crop of each image, (N, 3, S, S) uint8, cached under the name `split`."""
-        paths, crop = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
-        name = f"{split}-{self.crop_pct:g}"
-        return torch.from_numpy(self.cached(name, lambda: decode_images(paths, self.image_size, crop)))
+        """centre_crop of each image, (N, C, S, S) uint8, cached under the name `split`."""
+        crop = partial(centre_crop, crop_pct=self.crop_pct)
+        decode = partial(decode_images, self.files[:, 0], self.image_size, crop, channels=self.channels)
+        return torch.from_numpy(self.cached(f"{split}-{self.crop_pct:g}", decode))
 
 
-def centre_crop(path, size, *, crop_pct=CROP_PCT):
-    """A test image, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
+def centre_crop(path, size, *, crop_pct=CROP_PCT, channels=3):
+    """A test image, (C, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
     short_side = round(size / crop_pct)
-    image = resize(upright_image(path, short_side), short_side)
-    return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
+    image = resize(upright_image(path, short_side, channels), short_side)
+    return channels_first(center_crop(image, size))
 
 
 def upright_size(path):
@@ -1607,7 +1721,7 @@ def upright_size(path):
         return image.size if turned else image.size[::-1]
 
 
-def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
+def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, channels=3):
     """(class names, {split: (LargeImages, labels, file names)}) for the splits of find_splits and crops of image_size.
 
     Warns on stderr if some images are smaller. Raises UserError if the folder cannot be used or a file is not an image.
@@ -1617,14 +1731,11 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
     sizes = cached_array(root, "sizes", files, lambda: np.array([*by_all_cores(upright_size, paths)]), cache_dir)
     short_sides = sizes.min(1, keepdims=True)
     if small := (short_sides < image_size).sum():
-        print(
-            f"warning: {small:,} of {len(sizes):,} images are smaller than --image-size {image_size} "
-            f"(the smallest: {short_sides.min()} pixels) and are enlarged",
-            file=sys.stderr,
-        )
+        reach = f"smaller than --image-size {image_size} (the smallest: {short_sides.min()} pixels)"
+        print(f"warning: {small:,} of {len(sizes):,} images are {reach} and are enlarged", file=sys.stderr)
     largest = MAX_SIDE * image_size
     sizes = torch.from_numpy(np.where(short_sides > largest, sizes * largest // short_sides, sizes))
-    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir)
+    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir, channels)
     parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}
 
@@ -1780,7 +1891,7 @@ SAMPLE = 2000  # the number of large images from which mean and standard deviati
 
 
 class Split(NamedTuple):
-    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8; LargeImages in a training split if is_large
+    images: torch.Tensor | LargeImages  # (N, C, H, W) uint8; LargeImages in a training split if is_large
     labels: torch.Tensor  # (N,) int64
     names: np.ndarray  # (N,) file names, or indices in the published dataset
 
@@ -1810,17 +1921,18 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
 
-    def normalised_by(self, mean, std):
-        """The same, to be normalised by another mean and std: those that its weights were trained with."""
-        return self._replace(mean=mean, std=std)
+    def learnt_by_heart(self, count):
+        """`count` of the training images, evenly spread, which are the test images as well."""
+        if count > (most := len(self.train.labels)):
+            raise UserError(f"--overfit {count}: there are {most:,} training images")
+        train = self.train.pick(torch.arange(count) * most // count)
+        large = isinstance(train.images, LargeImages)
+        test = train._replace(images=train.images.centre_crops("overfit")) if large else train
+        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
 
     def splits(self):
         """{"train", "val" if there is one, "test": Split}."""
         return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
-
-    def data_hash(self):
-        """The hash of the training images alone, by which results name their data."""
-        return self.train.hash()
 
 
 def count_classes(name, data_dir):
@@ -1831,8 +1943,8 @@ def count_classes(name, data_dir):
 
 
 def is_large(name, image_size):
-    """Whether a dataset's images keep their shape and are cropped (see large.py), rather than resized to a square."""
-    return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
+    """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
+    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -1841,6 +1953,7 @@ def load_dataset(
     *,
     data_dir,
     image_size,
+    channels=3,
     crop_pct=CROP_PCT,
     val_fraction=0.0,
     test_fraction=0.2,
@@ -1848,7 +1961,7 @@ def load_dataset(
     cache_dir=None,
     dataset_name=None,
 ):
-    """The images of a dataset, resized to image_size x image_size, as a Dataset.
+    """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
     val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
     that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
@@ -1859,12 +1972,12 @@ def load_dataset(
     if name == "folder":
         folder = Path(data_dir).resolve()
     elif name in IMAGENETTES:
-        folder = find_imagenette(name, data_dir, image_size)
+        folder = find_imagenette(name, data_dir, max(both_sides(image_size)))
     elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
         folder = Path(data_dir, name)
     if folder:
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
-        classes, splits = read(folder, image_size, cache_dir)
+        classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
@@ -1877,18 +1990,15 @@ def load_dataset(
         for key, (p, y, n) in splits.items()
     }
     if "all" in splits:
-        test, train = split_by_class(
-            splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
-        )
-        splits = {"train": train, "test": test}
+        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
+        splits = dict(zip(("test", "train"), parts))
     elif folder and test_fraction != 0.2:  # not the default
         print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
     if val_fraction:
         if "val" in splits:
             raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        splits["val"], splits["train"] = split_by_class(
-            splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
-        )
+        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -1896,19 +2006,18 @@ def load_dataset(
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
 
 
-def dataset_of(args):
-    """load_dataset with the values of a training script's flags, the attributes of args."""
-    return load_dataset(
-        args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        val_fraction=args.val_fraction,
-        test_fraction=args.test_fraction,
-        split_seed=args.split_seed,
-        cache_dir=args.cache_dir,
-        dataset_name=args.dataset_name,
-    )
+def dataset_of(args, statistics=None):
+    """load_dataset with the values of a training script's flags, the attributes of args.
+
+    statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
+    """
+    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
+    names += ("dataset_name",)
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
+    dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
+    if getattr(args, "overfit", None):
+        dataset = dataset.learnt_by_heart(args.overfit)
+    return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
 def read_shapes(name, data_dir):
@@ -1926,20 +2035,19 @@ def read_cifar(name, data_dir):
             except RuntimeError:  # missing, or its checksums are wrong
                 found = dataset(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
-                f"put {dataset.filename} or its folder {dataset.base_folder} there, or give its place by --data-dir"
-            ) from error
+            advice = f"put {dataset.filename} there, or set --data-dir"
+            raise UserError(f"{name} is not in {data_dir} and cannot be downloaded ({error}): {advice}") from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits[split] = (images, found.targets, np.arange(len(images)))
     return found.classes, splits
 
 
 def resized(images, size):
-    """Images (N, 3, H, W) uint8 resized to (N, 3, size, size), with antialiasing."""
-    if images.shape[2:] == (size, size):
+    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
+    sides = both_sides(size)
+    if images.shape[2:] == sides:
         return images
-    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in images.split(1000)])
+    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
 
 
 def split_by_class(split, fraction, classes, *, seed, flag):
@@ -1968,8 +2076,8 @@ def channel_statistics(images):
 
 
 def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, 3, H, W) uint8."""
-    count, (total, squares) = 0, torch.zeros(2, 3, dtype=torch.int64)
+    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
+    count, total, squares = 0, 0, 0
     for chunk in chunks:
         chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
         count += chunk.shape[1]
@@ -1999,12 +2107,12 @@ def read_from_outside(what_is_wrong):
     """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
-        raise UserError(f"{what_is_wrong} (not of torch.save, or more than tensors and plain types)") from error
     except Exception as error:
         reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch weights_only off
+            reason = "not of torch.save, or more than tensors and plain types"
         raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
 
 
@@ -2030,20 +2138,15 @@ def read_archive(path, what_is_wrong, device="cpu"):
 
 def pick_device(name=None):
     """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
-    available = [
-        kind
-        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        if there
-    ]
-    available.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has none; available: {', '.join(available)}"
-        )
+        reason = "this machine, or this build of torch, has none"
+        raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
     if device.type == "cuda":
         check_kernels(device)
     return device
@@ -2061,10 +2164,8 @@ def check_kernels(device):
         if needed <= own and (name == "compute" or needed[0] == own[0]):
             return
     name = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
-    raise UserError(
-        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; use --device cpu or"
-        " an older torch"
-    )
+    advice = "use --device cpu or an older torch"
+    raise UserError(f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; {advice}")
 
 
 def has_tf32(device):
@@ -2182,14 +2283,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
     def check_values(self, values):
-        """Raises UserError for a value, by its name, that the command line would not have taken."""
+        """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []
         for action in self._actions:
             value, needed = values.get(action.dest), action.nargs is None and action.default is not None
-            if isinstance(value, list):
+            if isinstance(value, list) and action.nargs:
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
-                argv.append(f"{action.option_strings[0]}={value}")
+                text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
 
@@ -2210,12 +2312,25 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
     return convert
 
 
+def pixels(text):
+    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    return sides if len(set(sides)) == 2 else sides[0]
+
+
 def at_least(low, kind=int):
     return number(kind, low=low)
 
 
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
+
+
+def is_own_class(value):
+    """Whether --attention names a class of the user's own, as FILE.py:Class."""
+    return isinstance(value, str) and ".py:" in value
 
 
 # ---- training/outputs.py: What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json.
@@ -2226,30 +2341,74 @@ COLUMNS = (  # of log.csv
 )
 
 
-def plural(number, noun):
-    """ "1 epoch", "2 epochs"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+# ---- training/own.py: A block of the user's own: the class that --attention FILE.py:Class names. Its file runs only if a flag names it.
+
+def load_own_class(text):
+    """The class of nn.Module that FILE.py:Class names; its file runs here. Raises UserError if there is none."""
+    flag, (file, _, name) = f"--attention {text}", text.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{flag}: there is no file {file}")
+    module_name = f"own_{Path(file).stem}"  # a file data.py must not stand for the project's own
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where dataclasses and torch.compile look for it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        raise UserError(f"{flag}: {file} cannot be imported: {last_line}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        raise UserError(f"{flag}: {file} has no class {name}, only {', '.join(there) or 'imports'}")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"{flag}: {name} must be a class that inherits from nn.Module")
+    return found
+
+
+def confirmed_attention(saved, given, where="the checkpoint"):
+    """The --attention of a checkpoint: if it is a class of the user's own, the one `given`, as its file may have moved.
+
+    Raises UserError if such a class is not given again, so that opening a checkpoint runs no file unasked, and if
+    another attention is given.
+    """
+    own = is_own_class(saved)
+    if own and not given:
+        raise UserError(f"{where}: its attention is your own, and no file runs unasked: give --attention {saved} again")
+    same_class = own and is_own_class(given) and saved.rpartition(":")[2] == given.rpartition(":")[2]
+    if given and given != saved and not same_class:
+        raise UserError(f"{where} is another run: --attention is {saved} there and {given} here")
+    return given or saved
+
+
+def with_own_class(model_args, given):
+    """The keyword arguments of a model, with the class itself for an attention FILE.py:Class that is `given` again."""
+    attention = confirmed_attention(model_args.get("attention"), given)
+    return model_args | {"attention": load_own_class(attention)} if is_own_class(attention) else model_args
 
 
 # ---- training/checkpoint.py: Checkpoints: written in one piece, opened without running code, resumed exactly.
 
 FORMAT_VERSION = 1
+
+
+def sides_in_range(size):
+    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+
+
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
-    "model_args": (dict[str, object],),
     "classes": (list[str], len),
-    "image_size": (int, lambda size: 1 <= size <= 10_000),
-    "mean": (list[float], lambda mean: len(mean) == 3),
-    "std": (list[float], lambda std: len(std) == 3 and min(std) > 0),
+    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "mean": (list[float], lambda mean: len(mean) in (1, 3)),
+    "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
-    "optimizer": (dict[str, object],),
+    **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
-    "scaler": (dict[str, object],),
     "seed": (int,),
-    "epoch": (int, lambda epoch: epoch >= 0),
-    "step": (int, lambda step: step >= 0),
+    **dict.fromkeys(("epoch", "step"), (int, lambda number: number >= 0)),
     "sums": (dict[str, torch.Tensor | int | float], lambda sums: not any(getattr(v, "ndim", 0) for v in sums.values())),
     "history": (list[dict[str, int | float | None]], lambda rows: all(set(COLUMNS[:8]) <= row.keys() for row in rows)),
     "args": (dict[str, object], lambda args: is_of_kind([args.get("dataset"), args.get("data_dir")], list[str])),
@@ -2261,13 +2420,8 @@ def is_of_kind(value, kind):
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(is_of_kind(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(is_of_kind(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            is_of_kind(key, inner[0]) and is_of_kind(item, inner[1]) for key, item in value.items()
-        )
-    return isinstance(value, kind)
+    parts = [value, value.values()] if origin is dict and isinstance(value, dict) else [value]
+    return isinstance(value, origin or kind) and all(is_of_kind(x, k) for part, k in zip(parts, inner) for x in part)
 
 
 def open_checkpoint(path, device="cpu"):
@@ -2284,15 +2438,14 @@ def open_checkpoint(path, device="cpu"):
 
 
 def position(epoch, step):
-    """How far a run has come: its finished epochs, and the steps of the one in progress."""
-    return plural(epoch, "epoch") + (f" and {plural(step, 'step')}" if step else "")
+    """How far a run has come, from its finished epochs and the steps of the one in progress."""
+    return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
-    Raises UserError if neither can be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -2303,20 +2456,11 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         previous = path.with_name("last.prev.pt")
         if path.name != "last.pt" or not previous.exists():
             raise
-        try:
-            checkpoint = open_checkpoint(previous, device)
-        except UserError as second:
-            raise UserError(f"{error}; {second}") from second
         print(f"warning: {error}: using {previous}", file=sys.stderr)
-        path = previous
-    history = checkpoint["history"]
-    accuracies = [
-        f"{key[:-9]} {history[-1][key]:.2%}"
-        for key in ("val_accuracy", "test_accuracy")
-        if history and history[-1].get(key)
-    ]
-    reached = position(checkpoint["epoch"], checkpoint["step"])
-    print(f"{path}: {checkpoint['model']} after {reached}", *accuracies, sep=", ")
+        path, checkpoint = previous, open_checkpoint(previous, device)
+    last = checkpoint["history"][-1] if checkpoint["history"] else {}
+    accuracies = [f"{split} {value:.2%}" for split in ("val", "test") if (value := last.get(f"{split}_accuracy"))]
+    print(f"{path}: {checkpoint['model']} {position(checkpoint['epoch'], checkpoint['step'])}", *accuracies, sep=", ")
     return checkpoint
 
 
@@ -2325,14 +2469,16 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model):
+def rebuild_model(checkpoint, build_model, *, attention=None):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
-    Raises UserError if the model or a part of it is not known here, or if the weights do not fit it.
+    An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
+    it is not known here, or if the weights do not fit it.
     """
+    model_args = with_own_class(checkpoint["model_args"], attention)
     with read_from_outside("the checkpoint's weights do not fit its model and model_args"):
         try:
-            model = build_model(checkpoint["model"], **checkpoint["model_args"])
+            model = build_model(checkpoint["model"], **model_args)
         except UserError as error:
             advice = "docs/extending.md says how to add a block of your own"
             raise UserError(f"the checkpoint's model cannot be built here: {error}; {advice}") from error
@@ -2511,7 +2657,7 @@ def baselines(grid):
     }
 
 
-# ---- maps/draw.py: Figures of maps: over the image, layer by layer and head by head, as matrices; and deletion and insertion curves.
+# ---- maps/draw.py: Figures of maps: over images, layer by layer and head by head, as matrices, deletion curves; and of predictions.
 
 COLOURS = "inferno"
 
@@ -2532,9 +2678,9 @@ def subplots(rows, columns, *, width, height):
 
 
 def show_image(axes, image, title, one_map=None, *, alpha=0.6, interpolation="bilinear"):
-    """Draw an image (H, W, 3), with a map (rows, columns) over it as shares of the map's maximum; alpha=1 hides it."""
+    """Draw an image (H, W, C), with a map (rows, columns) over it as shares of the map's maximum; alpha=1 hides it."""
     extent = (0, image.shape[1], image.shape[0], 0)
-    axes.imshow(image, extent=extent)
+    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)  # the last three for one channel alone
     if one_map is not None:
         shares = one_map / max(one_map.max(), 1e-30)
         axes.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, alpha=alpha, interpolation=interpolation, extent=extent)
@@ -2548,9 +2694,14 @@ def add_colour_bar(figure, grid, *, aspect, label="share of the map's maximum"):
 
 
 def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=150):
+    """Write panel_figure to path."""
+    save_figure(panel_figure(images, captions, maps, interpolation=interpolation), path, dpi)
+
+
+def panel_figure(images, captions, maps, *, interpolation="bilinear"):
     """One row per image: the image, then the map of each method over it; a single method is also drawn alone.
 
-    images are (H, W, 3) uint8, captions their titles, maps a list of {method: (rows, columns)}.
+    images are (H, W, C) uint8, captions their titles, maps a list of {method: (rows, columns)}.
     """
     methods = list(maps[0])
     columns = [(method, method.replace("_", " "), 0.6) for method in methods]
@@ -2563,7 +2714,7 @@ def draw_panel(path, images, captions, maps, *, interpolation="bilinear", dpi=15
         for axes, (method, title, alpha) in zip(axes_row[1:], columns, strict=True):
             show_image(axes, image, title, found[method], alpha=alpha, interpolation=interpolation)
     add_colour_bar(figure, grid, aspect=20 * len(images))
-    save_figure(figure, path, dpi)
+    return figure
 
 
 def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=150):
@@ -2580,22 +2731,22 @@ def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=1
 
 
 def cut_into_patches(model, pixels):
-    """An image (3, H, W) uint8 as the model cuts it: (its patches, with white gaps between them; put back together).
+    """An image (C, H, W) uint8 as the model cuts it: (its patches, with white gaps between them; put back together).
 
-    Both are (3, height, width). Raises UserError if the model cuts no patches.
+    Both are (C, height, width). Raises UserError if the model cuts no patches.
     """
     if not hasattr(model, "patch_size"):
         raise UserError(f"--patches: {type(model).__name__} does not cut an image into patches, as vit does")
     p, grid = model.patch_size, model.grid
     image = F.pad(pixels[None], getattr(model, "padding", (0, 0, 0, 0)), value=128)  # grey for the mean colour
     image = F.interpolate(image, [cells * p for cells in grid], mode="bilinear")  # vit_b_16 enlarges its images
-    patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, 3 * p * p)
-    apart = F.pad(patches.unflatten(2, (3, p, p)), (0, gap, 0, gap), value=255).flatten(2)
+    patches, gap = to_patches(image, p), -(-p // 4)  # (1, N, C * p * p)
+    apart = F.pad(patches.unflatten(2, (-1, p, p)), (0, gap, 0, gap), value=255).flatten(2)
     return from_patches(apart, p + gap, grid)[0, :, :-gap, :-gap], from_patches(patches, p, grid)[0]
 
 
 def draw_patches(path, model, pixels, *, dpi=150):
-    """An image (3, H, W) uint8, the patches that the model cuts it into, and these put back together."""
+    """An image (C, H, W) uint8, the patches that the model cuts it into, and these put back together."""
     apart, together = cut_into_patches(model, pixels)
     rows, columns = model.grid
     titles = ("the image", f"{rows} x {columns} patches of {model.patch_size} pixels", "put back together")
@@ -2640,15 +2791,17 @@ def draw_deletion_curves(path, curves, caption, *, dpi=150):
 
 class Explained(NamedTuple):
     name: str  # begins the names of the files that are written
-    shown: np.ndarray  # (H, W, 3) uint8, for figures
-    pixels: torch.Tensor  # (3, S, S) uint8, for the model
+    shown: np.ndarray  # (H, W, C) uint8, for figures
+    pixels: torch.Tensor  # (C, H, W) uint8, for the model
     label: int | None  # None for a photograph
 
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
+    newer = {"channels": 3, "overfit": None}  # than some checkpoints
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
-    return dataset_of(SimpleNamespace(**checkpoint["args"] | {name: path for name, path in places.items() if path}))
+    places = {name: path for name, path in places.items() if path}
+    return dataset_of(SimpleNamespace(**newer | checkpoint["args"] | places))
 
 
 def find_split(dataset, name):
@@ -2659,11 +2812,11 @@ def find_split(dataset, name):
 
 
 def images_at(images, indices):
-    """A split's images at these indices, (N, 3, S, S) uint8; large training images are cropped as test images are."""
+    """A split's images at these indices, (N, C, H, W) uint8; large training images are cropped as test images are."""
     if torch.is_tensor(images):
         return images[indices]
     crop = partial(centre_crop, crop_pct=images.crop_pct)
-    return torch.from_numpy(decode_images(images.files[indices, 0], images.image_size, crop))
+    return torch.from_numpy(decode_images(images.files[indices, 0], images.image_size, crop, channels=images.channels))
 
 
 def chosen_images(dataset, split="test", *, indices=None, class_name=None, count=4):
@@ -2695,24 +2848,33 @@ def photographs(paths, checkpoint):
     """
     if repeated := [name for name, count in Counter(path.stem for path in paths).items() if count > 1]:
         raise UserError(f"--image: several files are named {repeated[0]}, and their maps would be one file; rename one")
-    args, image_size = checkpoint["args"], checkpoint["image_size"]
-    large = is_large(args["dataset"], image_size)
-    crop = partial(centre_crop, crop_pct=args["crop_pct"]) if large else decode_image  # (path, S) -> (3, S, S) uint8
-    explained = []
-    for path in paths:
-        shown = crop(path, max(256, image_size)).transpose(1, 2, 0)
-        explained.append(Explained(path.stem, shown, torch.tensor(crop(path, image_size)), None))
-    return explained
+    shown, pixels = (pixels_of(paths, checkpoint, least=size) for size in (256, 1))
+    files = zip(paths, shown.permute(0, 2, 3, 1).numpy(), pixels, strict=True)
+    return [Explained(path.stem, *both, None) for path, *both in files]
+
+
+def pixels_of(paths, checkpoint, *, least=1):
+    """The images in files (N, C, H, W) uint8, cropped as the checkpoint's test images are.
+
+    If the longer side has fewer pixels than `least`, they are enlarged to that, for figures.
+    """
+    args, size = checkpoint["args"], checkpoint["image_size"]
+    large = is_large(args["dataset"], size)
+    crop = partial(centre_crop, crop_pct=args.get("crop_pct", CROP_PCT)) if large else decode_image
+    sides = both_sides(size)
+    sides = [round(side * max(1, least / max(sides))) for side in sides]
+    side = sides[0] if large else sides  # large images are square
+    return torch.from_numpy(decode_images(paths, side, crop, channels=len(checkpoint["mean"])))
 
 
 def normalised(pixels, checkpoint, device="cpu"):
-    """Images (B, 3, S, S) uint8 on the device, normalised by the checkpoint's mean and std."""
+    """Images (B, C, H, W) uint8 on the device, normalised by the checkpoint's mean and std."""
     mean, std = (torch.tensor(checkpoint[key], device=device) for key in ("mean", "std"))
     return normalize(pixels.to(device), mean, std)
 
 
 def object_masks(checkpoint, dataset, indices, split="test"):
-    """(masks, outlines), each (N, S, S) bool, of a split's images of `shapes`; (None, None) for other datasets."""
+    """(masks, outlines), each (N, H, W) bool, of a split's images of `shapes`; (None, None) for other datasets."""
     if checkpoint["args"]["dataset"] != "shapes":
         return None, None
     shapes = make_shapes(split)
@@ -2747,17 +2909,29 @@ def caption_of(explained, probabilities, classes):
     return caption
 
 
-# ---- maps/commands.py: What rollout.py and attribute.py share: flags, the checkpoint and images to open, the evaluation of a checkpoint.
+# ---- maps/commands.py: What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint.
 
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
-def maps_parser(description, methods, *, default):
-    """A parser with the flags of both commands; --method is one of methods, or all."""
+def checkpoint_parser(description):
+    """A parser with the flags of all commands that open a checkpoint."""
     parser = Parser(description)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
+    help_text = "the class of the run's attention again, if it is your own: its file is run"
+    add("--attention", metavar="FILE.py:Class", help=help_text)
+    add("--data-dir", metavar="DIR", help="where the run's images are, if they have moved since training")
+    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    return parser
+
+
+def maps_parser(description, methods, *, default):
+    """A parser with the flags of rollout.py and attribute.py; --method is one of methods, or all."""
+    parser = checkpoint_parser(description)
+    add = parser.add_argument
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--index", type=int, nargs="+", metavar="N", help="images to explain (default: 0 1 2 3)")
     add_one("--class", dest="class_name", metavar="CLASS", help="explain the first images of this class instead")
@@ -2767,14 +2941,10 @@ def maps_parser(description, methods, *, default):
     help_text = "images to evaluate (default: 1000; more give smaller standard errors), or to draw (default: 4)"
     add("--num-images", type=at_least(1), metavar="N", help=help_text)
     add("--method", choices=(*methods, "all"), help=f"(default: {default}; all with --evaluate)")
-    add("--data-dir", metavar="DIR", help="where the images are, if they have moved since training")
-    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
 
     add = parser.add_argument_group("figures").add_argument
     add("--out", type=Path, metavar="DIR", help="where to write (default: maps/ in the run's folder)")
-    help_text = "how maps are enlarged; nearest shows the patches"
-    add("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help=help_text)
+    add("--interpolation", choices=("bilinear", "nearest"), default="bilinear", help="nearest shows the patches")
     add("--format", choices=("png", "pdf"), default="png", help="pdf is sharp at any size, for a paper")
     add("--dpi", type=number(int, low=20, high=1200), default=150, help="resolution, from 20 to 1200")
 
@@ -2789,13 +2959,18 @@ def chosen_methods(args, methods, *, default):
     return tuple(methods) if name == "all" else (name,)
 
 
-def open_for_maps(args):
-    """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+def open_model(args):
+    """(checkpoint, its model on the device), as the flags of checkpoint_parser say."""
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
-    model = rebuild_model(checkpoint, build_model).to(device)
+    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
+
+
+def open_for_maps(args):
+    """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+    checkpoint, model = open_model(args)
     if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
@@ -2827,6 +3002,14 @@ def scores_text(table):
         lines.append([name, *("{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def read_table(path):
+    """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
@@ -2863,14 +3046,14 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "model": checkpoint["model"],
         "epoch": checkpoint["epoch"],
         "dataset_name": dataset.name,
-        "data_hash": dataset.data_hash(),
+        "data_hash": dataset.train.hash(),
         "split": args.split,
         "images": len(indices),
         "patches": list(model.grid),
     }
     path = out / "evaluation.json"
-    if path.exists():
-        before = json.loads(path.read_text())
+    before = read_table(path)
+    if before:
         if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
             print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
         else:
@@ -2938,10 +3121,8 @@ class AttentionRecorder:
         name = type(model).__name__
         for module in model.modules():
             if getattr(module, "sums_to_one", None) is False:
-                raise UserError(
-                    f"the weights of {type(module).__name__} are not a distribution and cannot be drawn: "
-                    "use attribute.py, which explains any model"
-                )
+                name = type(module).__name__
+                raise UserError(f"the weights of {name} are not a distribution and cannot be drawn: use attribute.py")
         # a last layer with one query, (B, heads, 1, N), pools the tokens and is not a layer of the rollout
         if self.weights and self.pooling is None and self.weights[-1].shape[-2] == 1 < self.weights[-1].shape[-1]:
             self.pooling = at_least_float32(self.weights.pop().detach()).mean(1)[:, 0]  # (B, N)
@@ -2950,9 +3131,7 @@ class AttentionRecorder:
         for weights in self.weights:
             queries, keys = weights.shape[-2:]
             if queries != keys:
-                raise UserError(
-                    f"{name} attends from {queries} tokens to {keys} others: use attribute.py, which explains any model"
-                )
+                raise UserError(f"{name} attends from {queries} tokens to {keys} others: use attribute.py instead")
         if self.pooling is None and getattr(model, "class_token", None) is False:
             weights = self.attentions[-1]
             self.pooling = weights.new_full((len(weights), weights.shape[-1]), 1 / weights.shape[-1])
@@ -3032,16 +3211,6 @@ def discard_lowest(matrix, discard_ratio, *, class_token=True):
     return matrix.scatter(-1, lowest, 0.0)
 
 
-def propagate(matrices):
-    """The product over layers of ½A + ½I, each (B, N, N), its rows divided by their sums."""
-    identity = torch.eye(matrices[0].shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
-    result = identity.expand_as(matrices[0])
-    for matrix in matrices:
-        matrix = 0.5 * matrix + 0.5 * identity  # the residual connection passes each token on
-        result = matrix / matrix.sum(dim=-1, keepdim=True) @ result
-    return result
-
-
 def raw(attentions, head_fusion="mean"):
     """The last layer's attention alone."""
     return fuse_heads(attentions[-1], head_fusion)
@@ -3052,8 +3221,12 @@ def rollout(attentions, head_fusion="mean", discard_ratio=0.0, *, class_token=Tr
 
     discard_ratio sets this share of each row, the lowest values, to zero; the paper discards nothing.
     """
-    fused = (fuse_heads(attention, head_fusion) for attention in attentions)
-    return propagate([discard_lowest(matrix, discard_ratio, class_token=class_token) for matrix in fused])
+    result = identity = torch.eye(attentions[0].shape[-1]).to(attentions[0])
+    for attention in attentions:
+        matrix = discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token=class_token)
+        matrix = 0.5 * matrix + 0.5 * identity  # the residual connection passes each token on
+        result = matrix / matrix.sum(dim=-1, keepdim=True) @ result
+    return result
 
 
 def report(attentions, head_fusion="mean"):
@@ -3083,8 +3256,7 @@ def relevance(attentions, gradients):
 
     Unlike in gradient_rollout, a layer with small gradients changes R little: rows are not renormalised.
     """
-    identity = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
-    result = identity.expand(len(attentions[0]), -1, -1)
+    result = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for attention, gradient in zip(attentions, gradients, strict=True):
         result = result + (attention * gradient).clamp(min=0).mean(dim=1) @ result
     return result
@@ -3096,12 +3268,8 @@ WITH_GRADIENTS = ("gradient_rollout", "relevance")
 
 def join_layers(method, attentions, gradients, *, head_fusion="mean", discard_ratio=0.0, class_token=True):
     """(B, N, N) by the method of this name, of METHODS or report_column; options that it does not have are ignored."""
-    if method == "raw":
-        return raw(attentions, head_fusion)
-    if method == "report":
-        return report(attentions, head_fusion)
-    if method == "report_column":
-        return report_column(attentions, head_fusion)
+    if method in ("raw", "report", "report_column"):
+        return {"raw": raw, "report": report, "report_column": report_column}[method](attentions, head_fusion)
     if method == "relevance":
         return relevance(attentions, gradients)
     if method == "gradient_rollout":
@@ -3136,6 +3304,15 @@ def without_padding(model, maps):
     return pixels[:, : pixels.shape[1] - bottom, : pixels.shape[2] - right]
 
 
+def maps_of_layers(model, recorder, index):
+    """The maps of one image, of every layer and head by itself: (L, heads, h, w)."""
+    pooling, maps = recorder.pooling, []
+    for weights in recorder.attentions:
+        heads = weights[index]  # (heads, N, N), as a batch of matrices
+        maps.append(model_maps(model, heads, None if pooling is None else pooling[index].expand(len(heads), -1)))
+    return torch.stack(maps).cpu().numpy()
+
+
 def attention_maps(model, images, methods, **options):
     """({method: maps (B, h, w)}, logits (B, classes)) of images (B, C, H, W); options as in attention_matrices."""
     matrices, logits, recorder = attention_matrices(model, images, methods, **options)
@@ -3151,10 +3328,14 @@ def attention_matrices(model, images, methods, *, targets=None, head_fusion="mea
     needs_gradients = any(method in WITH_GRADIENTS for method in methods)
     with torch.set_grad_enabled(needs_gradients), AttentionRecorder(model, gradients=needs_gradients) as recorder:
         logits = model(images)
+    name = getattr(model, "name", type(model).__name__)
+    if any(len(weights) != len(images) for weights in recorder.weights):
+        reason = "attends within windows of the image (as Swin does), which give no map of the whole"
+        raise UserError(f"{name} {reason}: use attribute.py, which explains any model")
     tokens = list(dict.fromkeys(weights.shape[-1] for weights in recorder.weights))
     if len(tokens) > 1:
         sizes = " and ".join(map(str, tokens))
-        raise UserError(f"{type(model).__name__}'s layers attend over {sizes} tokens, which give no one map")
+        raise UserError(f"{name}'s layers attend over {sizes} tokens, which give no one map")
     gradients = None
     if needs_gradients:
         targets = logits.argmax(1) if targets is None else targets
@@ -3171,20 +3352,12 @@ def maps_in_training_mode(model, images, *, join=report):
 
     So no two layers see the same dropout masks. join makes one matrix of the layers. The model is left unchanged.
     """
-    training = model.training
-    buffers = [buffer.clone() for buffer in model.buffers()]  # BatchNorm statistics change in training mode
-    layers = []
-    try:
-        model.train()
-        with torch.no_grad(), AttentionRecorder(model) as recorder:
+    model, layers = copy.deepcopy(model).train(), []  # BatchNorm statistics change in training mode
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(images)
+        for layer in range(len(recorder.weights)):
             model(images)
-            for layer in range(len(recorder.weights)):
-                model(images)
-                layers.append(recorder.attentions[layer])
-    finally:
-        model.train(training)
-        for buffer, before in zip(model.buffers(), buffers):
-            buffer.copy_(before)
+            layers.append(recorder.attentions[layer])
     return model_maps(model, join(layers), recorder.pooling)
 
 
@@ -3193,12 +3366,10 @@ def maps_in_training_mode(model, images, *, join=report):
 def rollout_parser():
     parser = maps_parser(__doc__, METHODS, default="rollout")
     add = parser.add_argument_group("the map").add_argument
-    help_text = "how the heads of a layer are joined; max keeps what any head attends to"
-    add("--head-fusion", choices=("mean", "max", "min"), default="mean", help=help_text)
+    add("--head-fusion", choices=("mean", "max", "min"), default="mean", help="how a layer's heads are joined")
     help_text = "set this share of each row, the lowest weights, to zero, say 0.9 if maps are noisy"
     add("--discard-ratio", type=fraction, default=0.0, metavar="F", help=help_text)
-    help_text = "the class that gradient_rollout and relevance explain (default: the predicted one)"
-    add("--target", metavar="CLASS", help=help_text)
+    add("--target", metavar="CLASS", help="the class that methods with gradients explain (default: the predicted one)")
     add("--layers", action="store_true", help="also draw every layer and head by itself")
     add("--matrix", action="store_true", help="also draw the method's whole matrix from tokens to tokens")
     help_text = "also draw the matrix of these layers' attention, numbered from 1"
@@ -3247,22 +3418,11 @@ def draw_maps(args, model, checkpoint, chosen, out):
             layers = maps_of_layers(model, recorder, i)
             draw_layers(new_path(f"{explained.name}-layers.{args.format}"), explained.shown, caption, layers, **look)
         for title, matrix in drawn.items():
-            path = new_path(f"{explained.name}-{title}-matrix.{args.format}")
-            draw_matrix(
-                path, matrix[i].cpu().numpy(), f"{title.replace('_', ' ').replace('-', ' ')}\n{caption}", dpi=args.dpi
-            )
+            path, words = new_path(f"{explained.name}-{title}-matrix.{args.format}"), re.sub("[_-]", " ", title)
+            draw_matrix(path, matrix[i].cpu().numpy(), f"{words}\n{caption}", dpi=args.dpi)
         if args.patches:
             draw_patches(new_path(f"{explained.name}-patches.{args.format}"), model, explained.pixels, dpi=args.dpi)
     return written
-
-
-def maps_of_layers(model, recorder, index):
-    """The maps of one image, of every layer and head by itself: (L, heads, h, w)."""
-    pooling, maps = recorder.pooling, []
-    for weights in recorder.attentions:
-        heads = weights[index]  # (heads, N, N), as a batch of matrices
-        maps.append(model_maps(model, heads, None if pooling is None else pooling[index].expand(len(heads), -1)))
-    return torch.stack(maps).cpu().numpy()
 
 
 def attention_explainers(model, args):
@@ -3277,10 +3437,10 @@ def attention_explainers(model, args):
     def explainer(method):
         return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
 
-    found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
-
     def in_training_mode(join):
         return lambda images, classes: maps_in_training_mode(model, images, join=join)
+
+    found = {method + suffix: explainer(method) for method in chosen_methods(args, METHODS, default="rollout")}
 
     if "report" in found:
         found["report, column"] = explainer("report_column")

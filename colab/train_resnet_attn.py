@@ -4,7 +4,7 @@ ARGUMENTS = ["--dataset", "shapes"]
 
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 from contextlib import contextmanager, suppress
@@ -17,6 +17,8 @@ import difflib
 import functools
 from functools import cache, partial
 import hashlib
+import importlib
+import importlib.util
 import io
 import itertools
 from itertools import starmap
@@ -52,6 +54,7 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
@@ -78,15 +81,26 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
+def import_optional(name):
+    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
+
+
 def command_line():
     """The arguments of this process; none in a notebook, where they are the kernel's own."""
-    from_kernel = "ipykernel" in sys.modules and any("kernel" in part for part in sys.argv[0].split(os.sep)[-2:])
-    return [] if from_kernel else sys.argv[1:]
+    folder, name = os.path.split(sys.argv[0])
+    from_kernel = "kernel" in name or os.path.basename(folder) == "ipykernel"
+    return [] if from_kernel and "ipykernel" in sys.modules else sys.argv[1:]
 
 
 def is_memory_error(error):
     """Whether an exception says that the memory of a GPU (torch.OutOfMemoryError) or of the host is used up."""
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return named or isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
 def bar_disabled():
@@ -192,7 +206,7 @@ def explicit_is_faster(q):
     1.6, 0.4, 0.4 and 0.4.
     """
     tokens = q.shape[-2]
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or torch.compiler.is_exporting():  # an exported model may run anywhere
         return False
     if q.dtype == torch.bfloat16:
         return tokens <= 400
@@ -300,19 +314,18 @@ ATTENTIONS = {"softmax": MultiHeadAttention, "identity": NoMixing, "depthwise": 
 
 
 def make_attention(name, spec):
-    """The module `name` of ATTENTIONS, on tokens (B, N, dim). Raises UserError for an unknown name or invalid spec."""
-    if name not in ATTENTIONS:
+    """The module `name` of ATTENTIONS, or a class, on tokens (B, N, dim). Raises UserError for an unknown name."""
+    if name not in ATTENTIONS and not isinstance(name, type):
         raise UserError(f"--attention {name}: choose from {', '.join(ATTENTIONS)}")
-    return ATTENTIONS[name](spec)
+    return ATTENTIONS.get(name, name)(spec)
 
 
 class Mlp(nn.Sequential):
     """Linear, GELU, dropout, Linear, dropout on (B, N, dim)."""
 
     def __init__(self, dim, hidden_dim, *, drop=0.0):
-        super().__init__(
-            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(drop), nn.Linear(hidden_dim, dim), Dropout(drop)
-        )
+        first, second = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        super().__init__(first, nn.GELU(), Dropout(drop), second, Dropout(drop))
 
 
 class Block(nn.Module):
@@ -429,7 +442,7 @@ class NodeAttention2d(nn.Module):
         self.nodes = nn.Conv2d(channels, channels, patch_size, stride=patch_size)
         spec = AttentionSpec(channels, num_heads)
         self.block = Block(spec)  # draws a softmax attention too, as recorded runs did; it is replaced
-        self.block.attn = NODE_ATTENTIONS[attention](spec)
+        self.block.attn = NODE_ATTENTIONS.get(attention, attention)(spec)
         self.back = nn.ConvTranspose2d(channels, channels, patch_size, stride=patch_size)
         self.gamma = nn.Parameter(torch.zeros(1)) if gamma else None
 
@@ -516,26 +529,28 @@ def make_attention2d(
 ):
     """The module `name`, one of `known`, on maps (B, channels, H, W); "none" is the identity.
 
-    patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and symmetric for SimpleSelfAttention.
-    Raises UserError for an unknown name, and for an option that the module does not have or cannot use.
+    A class stands for a node attention. patch_size, num_heads and gamma are for NodeAttention2d, kernel_size and
+    symmetric for SimpleSelfAttention. Raises UserError for an unknown name, and for an option that the module does not
+    have or cannot use.
     """
-    if name not in known:
-        raise UserError(f"--attention {name}: choose from {', '.join(known)}")
-    if name not in NODE_ATTENTIONS and patch_size != 1:
-        raise UserError(f"--attention {name}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
-    if name != "simple" and (symmetric or kernel_size != 1):
+    kind, said = ("classic", name.__name__) if isinstance(name, type) else (name, name)
+    if kind not in known:
+        raise UserError(f"--attention {said}: choose from {', '.join(known)}")
+    if kind not in NODE_ATTENTIONS and patch_size != 1:
+        raise UserError(f"--attention {said}: --patch-size {patch_size} requires one of {', '.join(NODE_ATTENTIONS)}")
+    if kind != "simple" and (symmetric or kernel_size != 1):
         option = "--symmetric" if symmetric else f"--attention-kernel-size {kernel_size}"
-        raise UserError(f"--attention {name}: {option} requires --attention simple")
-    if name in NODE_ATTENTIONS:
+        raise UserError(f"--attention {said}: {option} requires --attention simple")
+    if kind in NODE_ATTENTIONS:
         return NodeAttention2d(channels, attention=name, patch_size=patch_size, num_heads=num_heads, gamma=gamma)
-    if name == "sagan":
+    if kind == "sagan":
         return SelfAttention2d(channels)
-    if name == "simple":
+    if kind == "simple":
         return SimpleSelfAttention(channels, kernel_size=kernel_size, symmetric=symmetric)
     return nn.Identity()
 
 
-# ---- models/pretrained.py: torchvision's ViT-B/16 for fine-tuning on small images, and weights that others have published.
+# ---- models/pretrained.py: torchvision's ViT-B/16 and timm's for fine-tuning on small images, and weights that others have published.
 
 VIT_B_16 = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
 
@@ -571,7 +586,7 @@ def check_shapes(weights, own, names, *, flag):
     ]
     if wrong:
         listed = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
-        raise UserError(f"{flag}: the weights do not fit the model: {listed}")
+        raise UserError(f"{flag}: the weights do not fit the model, or need other model flags: {listed}")
 
 
 # ---- models/resnet.py: ResNets from torchvision's blocks, also for small images, with attention after one of the stages.
@@ -623,10 +638,12 @@ def load_imagenet_trunk(model):
     """Put torchvision's ImageNet weights into the trunk of a ResNet. Returns the names that were left out.
 
     These are the head's, and with the "cifar" stem the first convolution's. Raises UserError if the weights cannot be
-    downloaded, and if the model's width is not 64.
+    downloaded, and if the model's width is not 64 or its images do not have 3 channels.
     """
     if model.conv1.out_channels != 64:
         raise UserError(f"--pretrained: the weights require --width 64, not {model.conv1.out_channels}")
+    if model.conv1.in_channels != 3:
+        raise UserError(f"--pretrained: the weights require --channels 3, not {model.conv1.in_channels}")
     values = download_weights(torchvision.models.get_model_weights(f"resnet{model.depth}").IMAGENET1K_V1)
     # older files lack BatchNorm's counters
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
@@ -649,9 +666,7 @@ def node_grid(grids, stage, *, flag="--attention-after", patch_size=1, instead=(
         raise UserError(f"{flag} {stage}: choose from {', '.join(grids)}")
     rows, columns = grids[stage]
     if patch_size < 1 or rows % patch_size or columns % patch_size:
-        raise UserError(
-            f"--patch-size {patch_size} does not divide the feature map of {rows} x {columns} after {stage}"
-        )
+        raise UserError(f"--patch-size {patch_size} does not divide the map of {rows} x {columns} after {stage}")
     if rows == columns == patch_size:
         ways = [f"{flag} {name}" for name in grids if max(grids[name]) > patch_size][-1:] + list(instead)
         ways += ["a smaller --patch-size"] if patch_size > 1 else []
@@ -672,7 +687,7 @@ def residual_stage(block, in_channels, planes, *, count, stride):
 
 
 class ResNet(TrunkAndHead):
-    """torchvision's ResNet (He et al. 2016) on images (B, 3, H, W), with attention after one of its stages.
+    """torchvision's ResNet (He et al. 2016) on images (B, C, H, W), with attention after one of its stages.
 
     image_size is a number of pixels or (height, width). The stem is torchvision's, "imagenet", or "cifar" (3x3, no
     stride, no pooling), the default up to 64 pixels. width is the number of channels in the first stage, or a quarter
@@ -686,6 +701,7 @@ class ResNet(TrunkAndHead):
         *,
         depth=18,
         image_size=32,
+        in_channels=3,
         num_classes=10,
         stem=None,
         width=64,
@@ -713,17 +729,17 @@ class ResNet(TrunkAndHead):
 
         block, counts = RESNET_BLOCKS[depth]
         kernel_size, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(3, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
         channels = {}
-        in_channels = width
+        before = width
         for i, (name, count) in enumerate(zip(STAGES, counts)):
-            setattr(self, name, residual_stage(block, in_channels, width * 2**i, count=count, stride=2 if i else 1))
-            in_channels = channels[name] = width * 2**i * block.expansion
+            setattr(self, name, residual_stage(block, before, width * 2**i, count=count, stride=2 if i else 1))
+            before = channels[name] = width * 2**i * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(before, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -779,7 +795,7 @@ class XResBlock(nn.Module):
 
 
 class XResNet(TrunkAndHead):
-    """XResNet on images (B, 3, H, W): a stem of three convolutions, four stages, a linear head on the mean.
+    """XResNet on images (B, C, H, W): a stem of three convolutions, four stages, a linear head on the mean.
 
     attention is "none", "sagan" or "simple", in the last block of each stage in attention_in, between its last
     normalisation and the skip connection (github.com/sdoria/SimpleSelfAttention, 2019). Today's fastai has stem_widths
@@ -793,6 +809,7 @@ class XResNet(TrunkAndHead):
         *,
         depth=50,
         image_size=128,
+        in_channels=3,
         num_classes=10,
         stem_widths=(32, 64, 64),
         attention="none",
@@ -804,20 +821,20 @@ class XResNet(TrunkAndHead):
         if len(stem_widths) != 3:
             raise UserError(f"--stem-widths {' '.join(map(str, stem_widths))}: must be three numbers, such as 32 64 64")
         expansion, counts = XRESNET_BLOCKS[depth]
-        stem = zip((3, *stem_widths), stem_widths, (2, 1, 1))
+        stem = zip((in_channels, *stem_widths), stem_widths, (2, 1, 1))
         self.stem = nn.Sequential(*(conv_bn(before, after, 3, stride=stride) for before, after, stride in stem))
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = dict(zip(STAGES, (64 * expansion * 2**i for i in range(4))))
-        in_channels = stem_widths[-1]
+        width = stem_widths[-1]
         for name, count in zip(STAGES, counts):
             blocks = []
             for i in range(count):
                 stride = 2 if i == 0 and name != "layer1" else 1
-                blocks.append(XResBlock(in_channels, channels[name], expansion=expansion, stride=stride))
-                in_channels = channels[name]
+                blocks.append(XResBlock(width, channels[name], expansion=expansion, stride=stride))
+                width = channels[name]
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -877,21 +894,15 @@ def output_numbers(model, images):
 
     This is what the tool torchsummary counts; a module that calls others counts too.
     """
-    counted = 0
+    counted = []
 
     def count(module, inputs, output):
-        nonlocal counted
-        counted += (output[0] if isinstance(output, tuple) else output).numel()
+        if module is not model and not isinstance(module, CONTAINERS):
+            counted.append((output[0] if isinstance(output, tuple) else output).numel())
 
-    layers = [module for module in model.modules() if module is not model and not isinstance(module, CONTAINERS)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counted
+    with torch.no_grad(), register_module_forward_hook(count):
+        model(images)
+    return sum(counted)
 
 
 def saved_bytes(model, images):
@@ -915,16 +926,15 @@ def describe_memory(model, input_shape, batch_size):
     takes the parameters, their gradients, the two moments of Adam, and for each image what the backward pass reads.
     """
     trial = copy.deepcopy(model).train()  # its statistics may change
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     two, four = (torch.zeros(n, *input_shape, device=next(model.parameters()).device) for n in (2, 4))
     per_image = (saved_bytes(trial, four) - saved_bytes(trial, two)) / 2 / 2**20
-    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), sum(counts.values())]
+    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), total]
     sizes = [4 * number / 2**20 for number in numbers]
-    fixed = sizes[2] + 3 * 4 * counts[True] / 2**20
+    fixed = sizes[2] + 3 * 4 * trained / 2**20
     return (
-        f"parameters   {counts[True]:,} trained, {counts[False]:,} fixed\n"
+        f"parameters   {trained:,} trained, {total - trained:,} fixed\n"
         "one image    {:.2f} MiB input, {:.2f} forward and backward, {:.2f} parameters, {:.2f} in all\n"
         "training     at least {:,.0f} MiB for a batch of {} in float32: {:.2f} per image, {:.2f} for weights and AdamW"
     ).format(*sizes, sum(sizes), fixed + batch_size * per_image, batch_size, per_image, fixed)
@@ -937,23 +947,21 @@ def summarize(model, input_shape, *, batch_size=None):
     embedding), and for each module with children that multiplies matrices itself (attention). Multiply-adds are those
     of the matrix products and convolutions in a forward pass of one image.
     """
-    shapes = {}
+    shapes, names = {}, {module: name for name, module in model.named_modules()}
 
-    def record(name, module, inputs, output):
-        shapes[name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+    def record(module, inputs, output):
+        shapes[names[module]] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     try:
         # attention written out, since the products of fused kernels are not counted on every device
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record), counter:
             model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
     finally:
         model.train(training)
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for hook in hooks:
-            hook.remove()
 
     # a module's own multiply-adds: those counted while it ran, minus those of its descendants; the deepest come first
     costs = {}
@@ -975,9 +983,8 @@ def summarize(model, input_shape, *, batch_size=None):
     rows.append(("total", type(model).__name__, shapes[""], total, sum(costs.values())))
     width = max(len(row[0]) for row in rows)
     lines = [f"{'layer':{width}}  {'kind':18}  {'output shape':18}  {'parameters':>12}  {'multiply-adds':>14}"]
-    lines += [
-        f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}" for name, kind, shape, count, cost in rows
-    ]
+    for name, kind, shape, count, cost in rows:
+        lines.append(f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}")
     if batch_size:
         lines.append(describe_memory(model, input_shape, batch_size))
     return "\n".join(lines)
@@ -1186,8 +1193,8 @@ def antialiasing_matrices(lengths, size, longest):
     return weights / weights.sum(2, keepdim=True)
 
 
-def cut_together(buffer, starts, widths, boxes, size):
-    """Crop a box from each of B images and resize it: (B, 3, size, size) uint8, without a loop over the images.
+def cut_together(buffer, starts, widths, boxes, size, channels=3):
+    """Crop a box from each of B images and resize it: (B, C, size, size) uint8, without a loop over the images.
 
     buffer is that of LargeImages.decode_all; starts (B,) is where each image begins in it. starts, widths and boxes are
     on the host. The result differs from torchvision's resized_crop by at most one grey level.
@@ -1195,13 +1202,13 @@ def cut_together(buffer, starts, widths, boxes, size):
     top, left, height, width = boxes.unbind(1)
     tallest, widest = height.max().item(), width.max().item()
     rows = top[:, None] + torch.arange(tallest).minimum(height[:, None] - 1)  # (B, tallest)
-    first = (starts[:, None] + 3 * (rows * widths[:, None] + left[:, None])).to(buffer.device, non_blocking=True)
-    lines = buffer.unfold(0, 3 * widest, 1)  # a view: row i holds the bytes from byte i on
-    pixels = lines.index_select(0, first.flatten()).view(*first.shape, -1).float()  # (B, tallest, 3 * widest)
+    first = (starts[:, None] + channels * (rows * widths[:, None] + left[:, None])).to(buffer.device, non_blocking=True)
+    lines = buffer.unfold(0, channels * widest, 1)  # a view: row i holds the bytes from byte i on
+    pixels = lines.index_select(0, first.flatten()).view(*first.shape, -1).float()  # (B, tallest, C * widest)
     height, width = torch.stack([height, width]).to(buffer.device, non_blocking=True)
-    pixels = antialiasing_matrices(height, size, tallest) @ pixels  # (B, size, 3 * widest)
-    pixels = pixels.unflatten(2, (widest, 3)).permute(0, 3, 1, 2)  # (B, 3, size, widest)
-    return (pixels @ antialiasing_matrices(width, size, widest).mT[:, None]).round_().byte()  # (B, 3, size, size)
+    pixels = antialiasing_matrices(height, size, tallest) @ pixels  # (B, size, C * widest)
+    pixels = pixels.unflatten(2, (widest, channels)).permute(0, 3, 1, 2)  # (B, C, size, widest)
+    return (pixels @ antialiasing_matrices(width, size, widest).mT[:, None]).round_().byte()  # (B, C, size, size)
 
 
 class Crops:
@@ -1212,11 +1219,11 @@ class Crops:
 
     def __init__(self, images, *, scale, ratio, seed, buffer=None):
         self.images, self.scale, self.ratio, self.seed, self.buffer = images, scale, ratio, seed, buffer
-        num_bytes = 3 * images.sizes.prod(1)
+        num_bytes = images.channels * images.sizes.prod(1)
         self.starts = num_bytes.cumsum(0) - num_bytes
 
     def cut(self, indices, epoch, step):
-        """A batch (B, 3, S, S) uint8; its boxes follow from (seed, epoch, step)."""
+        """A batch (B, C, S, S) uint8; its boxes follow from (seed, epoch, step)."""
         sizes, size = self.images.sizes[indices], self.images.image_size
         if self.scale:
             generator = torch.Generator().manual_seed(seed_for("augmentation", self.seed, epoch, step, 1))  # 1: crops
@@ -1224,17 +1231,18 @@ class Crops:
         else:
             boxes = centre_boxes(sizes, self.images.crop_pct)
         if self.buffer is not None and self.buffer.is_cuda:
-            return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size)
+            return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size, self.images.channels)
         pairs = zip(indices, boxes.tolist())
         return torch.stack([v2.functional.resized_crop(self.image(i), *box, [size, size]) for i, box in pairs])
 
     def image(self, index):
-        """One image, (3, H, W) uint8."""
+        """One image, (C, H, W) uint8."""
         if self.buffer is None:
             pixels = torch.from_numpy(self.images.decode(index))
         else:
             height, width = self.images.sizes[index].tolist()
-            pixels = self.buffer[self.starts[index] :][: 3 * height * width].view(height, width, 3)
+            shape = height, width, self.images.channels
+            pixels = self.buffer[self.starts[index] :][: math.prod(shape)].view(shape)
         return pixels.permute(2, 0, 1)
 
     def __getitem__(self, key):
@@ -1275,8 +1283,8 @@ def images_in_memory():
     """A context, or a function's decorator, in which running out of memory is a UserError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except Exception as error:
+        if not is_memory_error(error):
             raise
         raise UserError("the images do not fit into memory: use a smaller --image-size, or fewer images") from error
 
@@ -1296,9 +1304,7 @@ def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=
     else:
         workers = min(os.cpu_count(), 16) if workers is None else workers
         needed, limit = images.num_bytes / 2**30, budget / 2**30
-        print(
-            f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them in every epoch"
-        )
+        print(f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them every epoch")
     crops = Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer)
     if not workers:
         return partial(starmap, crops.cut)
@@ -1356,25 +1362,39 @@ def eight_bits(image, file_format):
     return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
 
 
-def upright_image(path, size):
-    """A PIL image in RGB, turned by its EXIF tag. A large JPEG is decoded smaller, but no side is shorter than size."""
+def both_sides(size):
+    """(height, width) of an image size, which is a number of pixels or [height, width]."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def channels_first(image):
+    """A PIL image as an array (C, H, W) uint8."""
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def upright_image(path, size, channels=3):
+    """A PIL image in RGB, or in grey if channels is 1, turned by its EXIF tag.
+
+    A large JPEG is decoded smaller, but no side is shorter than size.
+    """
     with open_image(path) as image:
         image.draft("RGB", (size, size))
-        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+        return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 
 
-def decode_image(path, size):
-    """One image, (3, size, size) uint8."""
-    image = upright_image(path, size)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+def decode_image(path, size, channels=3):
+    """One image, (C, H, W) uint8, of a size that both_sides knows."""
+    height, width = both_sides(size)
+    image = upright_image(path, max(height, width), channels)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return channels_first(image)
 
 
-def decode_images(paths, size, decode=decode_image):
-    """decode(path, size) of each path, as one array (N, 3, size, size) uint8."""
-    images = np.empty((len(paths), 3, size, size), np.uint8)
-    for row, image in enumerate(by_all_cores(partial(decode, size=size), paths)):
+def decode_images(paths, size, decode=decode_image, *, channels=3):
+    """decode(path, size, channels=channels) of each path, as one array (N, C, H, W) uint8."""
+    images = np.empty((len(paths), channels, *both_sides(size)), np.uint8)
+    for row, image in enumerate(by_all_cores(partial(decode, size=size, channels=channels), paths)):
         images[row] = image
     return images
 
@@ -1411,8 +1431,9 @@ def by_all_cores(decode, paths):
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # what their folders may be called, in any case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-RUN_FILES = ("last.pt", "last.prev.pt", "split.csv")  # what training leaves in the folder of a run
+RUN_FILES = ("last.pt", "last.prev.pt")  # what training leaves in the folder of a run
 DECODING = 2  # part of a cache's key: raise it when a file gives other pixels than before
+GREY = {1: "-grey", 3: ""}  # {channels: end of the names of caches}
 
 
 def find_splits(root):
@@ -1423,6 +1444,7 @@ def find_splits(root):
     """
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
+    check_unclear_splits(root)
     found = [(split, name) for name in subfolders(root) for split in SPLITS if name.lower() in SPLITS[split]]
     named = " and ".join(f"{name}/" for _, name in found)
     folders = {split: root / name for split, name in found}
@@ -1434,7 +1456,10 @@ def find_splits(root):
     if first in ("val", "test"):
         raise UserError(f"--data-dir {root}: it has {named}, but no train/ (if that is a class, rename it)")
     if first == "train" and not names:
-        raise UserError(f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg")
+        raise UserError(
+            f"--data-dir {root}: {folders[first].name}/ has no class folders, as in train/cat/1.jpg"
+            " (if it is a class itself, rename it)"
+        )
     if first == "train" and len(folders) == 1:
         raise UserError(f"--data-dir {root}: it has {named}, but no test/ or val/ beside it")
     for split, others in classes.items():
@@ -1449,15 +1474,30 @@ def find_splits(root):
     return names, folders
 
 
-def read_folder(root, image_size, cache_dir=None):
-    """(class names, {split: (images (N, 3, S, S) uint8, labels (N,), file names)}) for the splits of find_splits.
+def check_unclear_splits(root):
+    """Raises UserError for folders such as seg_train/ and seg_test/, which are splits or classes."""
+    meant = {}  # {folder: the split that a word of its name says}
+    for name in subfolders(root):
+        for split in SPLITS:
+            if {*re.split(r"[\W_\d]+", name.lower())} & {*SPLITS[split]}:
+                meant[name] = split
+    unclear = [name for name, split in meant.items() if name.lower() not in SPLITS[split]]
+    if unclear and len(set(meant.values())) > 1:
+        names = " and ".join(f"{name}/" for name in meant)
+        raise UserError(f"--data-dir {root}: {names} look like splits: name them train/ and test/, with class folders")
 
-    Images are turned upright by their EXIF tag, resized so that the short side fits, and cropped to the centre square.
-    Raises UserError if the folder cannot be used or a file cannot be decoded.
+
+def read_folder(root, image_size, cache_dir=None, *, channels=3):
+    """(class names, {split: (images (N, C, H, W) uint8, labels (N,), file names)}) for the splits of find_splits.
+
+    Images are turned upright by their EXIF tag, resized so that one side fits, and cropped to the centre. image_size is
+    a number of pixels or [height, width]. Raises UserError if the folder cannot be used or a file cannot be decoded.
     """
     names, files, splits = list_folder(root)
     paths = [path for path, _, _ in files]
-    images = cached_array(root, f"{image_size}px", files, lambda: decode_images(paths, image_size), cache_dir)
+    name = (f"{image_size}px" if isinstance(image_size, int) else "{}x{}px".format(*image_size)) + GREY[channels]
+    decode = partial(decode_images, paths, image_size, channels=channels)
+    images = cached_array(root, name, files, decode, cache_dir)
     parts = torch.from_numpy(images).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (part, *splits[split]) for split, part in zip(splits, parts)}
 
@@ -1468,6 +1508,8 @@ def list_folder(root):
     A warning on stderr counts what is not read.
     """
     class_folders, folders = find_splits(root)
+    if "test" in folders and (name := folders["test"].name).lower() in SPLITS["val"]:
+        print(f"{printable(root.name)} has no test/: {name}/ is the test set")
     all_files, splits, skipped = [], {}, defaultdict(list)
     for split, folder in folders.items():
         found = [(file, y) for y, name in enumerate(class_folders) for file in list_images(folder / name, skipped)]
@@ -1493,7 +1535,7 @@ def subfolders(folder):
     return sorted(entry.name for entry in found if entry.name != "checkpoints" and not holds_runs(entry))
 
 
-def holds_runs(folder, depth=1):
+def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
             if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
@@ -1501,18 +1543,16 @@ def holds_runs(folder, depth=1):
     return False
 
 
-def list_images(folder, skipped):
-    """(path, size in bytes, modification time) of all images below a folder, sorted.
+def list_images(folder, skipped, *, of_class=True):
+    """(path, size in bytes, modification time and inode) of all images below a folder, sorted.
 
     Appends the paths of what is not read to the lists in skipped, {kind: paths}. Raises UserError without any image,
-    and if there are splits below the class folder.
+    and if there are splits below the folder of a class.
     """
     found = []
     for parent, folders, names in os.walk(folder, onerror=lambda error: skipped["unreadable"].append(error.filename)):
-        if folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
-            raise UserError(
-                f"{parent} holds splits ({', '.join(folders)}), which belong above classes: train/cat/1.jpg"
-            )
+        if of_class and folders and all(name.lower() in sum(SPLITS.values(), ()) for name in folders):
+            raise UserError(f"{parent} holds splits ({', '.join(folders)}): they belong above classes: train/cat/1.jpg")
         if links := [path for name in folders if os.path.islink(path := os.path.join(parent, name))]:
             skipped["linked"] += links
         for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
@@ -1525,7 +1565,7 @@ def list_images(folder, skipped):
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror})") from error
             if stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size, status.st_mtime_ns))
+                found.append((path, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}"))
             else:
                 skipped["no regular file"].append(path)
     if not found:
@@ -1574,7 +1614,7 @@ def default_cache_dir():
 
 
 def cached_array(root, name, files, make, cache_dir):
-    """make(), or its cached result if no path, size or modification time in `files` has changed since.
+    """make(), or its cached result if nothing in `files` (see list_images) has changed since.
 
     The cache keeps one file per root and name.
     """
@@ -1609,26 +1649,12 @@ MD5_SUMS = {  # Imagenette's from torchvision; Imagewoof's from catalyst, whose 
     "imagewoof2": "9aafe18bcdb1632c4249a76c458465ba",
 }
 READABLE = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-    "n02086240": "Shih-Tzu",
-    "n02087394": "Rhodesian ridgeback",
-    "n02088364": "beagle",
-    "n02089973": "English foxhound",
-    "n02093754": "Border terrier",
-    "n02096294": "Australian terrier",
-    "n02099601": "golden retriever",
-    "n02105641": "Old English sheepdog",
-    "n02111889": "Samoyed",
-    "n02115641": "dingo",
+    **{"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw"},
+    **{"n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump"},
+    **{"n03445777": "golf ball", "n03888257": "parachute", "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback"},
+    **{"n02088364": "beagle", "n02089973": "English foxhound", "n02093754": "Border terrier"},
+    **{"n02096294": "Australian terrier", "n02099601": "golden retriever", "n02105641": "Old English sheepdog"},
+    **{"n02111889": "Samoyed", "n02115641": "dingo"},
 }
 
 
@@ -1679,6 +1705,7 @@ class LargeImages:
     image_size: int  # side of a crop
     crop_pct: float  # see CROP_PCT
     cache_dir: Path | None
+    channels: int = 3
 
     def __len__(self):
         return len(self.files)
@@ -1689,24 +1716,25 @@ class LargeImages:
 
     @property
     def num_bytes(self):
-        return 3 * self.sizes.prod(1).sum().item()
+        return self.channels * self.sizes.prod(1).sum().item()
 
     def cached(self, name, make):
-        return cached_array(self.root, f"{self.image_size}px-{name}", self.files.tolist(), make, self.cache_dir)
+        name = f"{self.image_size}px-{name}{GREY[self.channels]}"
+        return cached_array(self.root, name, self.files.tolist(), make, self.cache_dir)
 
     def decode(self, index):
-        """One image, (H, W, 3) uint8."""
+        """One image, (H, W, C) uint8."""
         height, width = self.sizes[index].tolist()
-        image = upright_image(self.files[index, 0], min(height, width))
+        image = upright_image(self.files[index, 0], min(height, width), self.channels)
         if image.size != (width, height):
             image = image.resize((width, height), Resampling.BILINEAR)
-        return np.array(image)
+        return np.array(image).reshape(height, width, self.channels)
 
     def decode_all(self):
-        """The bytes of all images (H, W, 3), one after the other, and space for one more line (see cut_together)."""
+        """The bytes of all images (H, W, C), one after the other, and space for one more line (see cut_together)."""
 
         def pixels():
-            buffer, end = np.empty(self.num_bytes + 3 * self.sizes[:, 1].max().item(), np.uint8), 0
+            buffer, end = np.empty(self.num_bytes + self.channels * self.sizes[:, 1].max().item(), np.uint8), 0
             for image in by_all_cores(self.decode, range(len(self))):
                 start, end = end, end + image.size
                 buffer[start:end] = image.ravel()
@@ -1715,17 +1743,17 @@ class LargeImages:
         return torch.from_numpy(self.cached("whole", pixels))
 
     def centre_crops(self, split):
-        """centre_crop of each image, (N, 3, S, S) uint8, cached under the name `split`."""
-        paths, crop = self.files[:, 0], partial(centre_crop, crop_pct=self.crop_pct)
-        name = f"{split}-{self.crop_pct:g}"
-        return torch.from_numpy(self.cached(name, lambda: decode_images(paths, self.image_size, crop)))
+        """centre_crop of each image, (N, C, S, S) uint8, cached under the name `split`."""
+        crop = partial(centre_crop, crop_pct=self.crop_pct)
+        decode = partial(decode_images, self.files[:, 0], self.image_size, crop, channels=self.channels)
+        return torch.from_numpy(self.cached(f"{split}-{self.crop_pct:g}", decode))
 
 
-def centre_crop(path, size, *, crop_pct=CROP_PCT):
-    """A test image, (3, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
+def centre_crop(path, size, *, crop_pct=CROP_PCT, channels=3):
+    """A test image, (C, size, size) uint8: the short side resized to size / crop_pct, then the centre square."""
     short_side = round(size / crop_pct)
-    image = resize(upright_image(path, short_side), short_side)
-    return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
+    image = resize(upright_image(path, short_side, channels), short_side)
+    return channels_first(center_crop(image, size))
 
 
 def upright_size(path):
@@ -1735,7 +1763,7 @@ def upright_size(path):
         return image.size if turned else image.size[::-1]
 
 
-def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
+def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, channels=3):
     """(class names, {split: (LargeImages, labels, file names)}) for the splits of find_splits and crops of image_size.
 
     Warns on stderr if some images are smaller. Raises UserError if the folder cannot be used or a file is not an image.
@@ -1745,14 +1773,11 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT):
     sizes = cached_array(root, "sizes", files, lambda: np.array([*by_all_cores(upright_size, paths)]), cache_dir)
     short_sides = sizes.min(1, keepdims=True)
     if small := (short_sides < image_size).sum():
-        print(
-            f"warning: {small:,} of {len(sizes):,} images are smaller than --image-size {image_size} "
-            f"(the smallest: {short_sides.min()} pixels) and are enlarged",
-            file=sys.stderr,
-        )
+        reach = f"smaller than --image-size {image_size} (the smallest: {short_sides.min()} pixels)"
+        print(f"warning: {small:,} of {len(sizes):,} images are {reach} and are enlarged", file=sys.stderr)
     largest = MAX_SIDE * image_size
     sizes = torch.from_numpy(np.where(short_sides > largest, sizes * largest // short_sides, sizes))
-    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir)
+    images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir, channels)
     parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}
 
@@ -1960,7 +1985,9 @@ def blend(degenerate, images, magnitude):
 
 
 def grey(images):
-    """The luminance (n, 1, H, W) of images (n, 3, H, W), rounded down to whole levels, as float."""
+    """The luminance (n, 1, H, W) of images (n, C, H, W), rounded down to whole levels, as float."""
+    if images.shape[1] == 1:
+        return images.float()  # so that `color` changes nothing, as in torchvision
     red, green, blue = images.float().split(1, dim=1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
@@ -2024,12 +2051,12 @@ def invert(images, magnitude):
     return 255 - images
 
 
-# OPERATIONS[AFFINE:]; each takes images (n, 3, H, W) uint8 and magnitudes (n, 1, 1, 1) float
+# OPERATIONS[AFFINE:]; each takes images (n, C, H, W) uint8 and magnitudes (n, 1, 1, 1) float
 CHANGES = (brightness, color, contrast, sharpness, posterize, solarize, autocontrast, equalize, identity, invert)
 
 
 def apply_operation(images, operation, magnitude, *, fill):
-    """Apply to each of the images (B, 3, H, W) uint8 its own operation, with its own magnitude.
+    """Apply to each of the images (B, C, H, W) uint8 its own operation, with its own magnitude.
 
     operation (B,) int64, indices in OPERATIONS, and magnitude (B,) float64 are on the host, so that the host never
     waits for the device. `fill` is the grey level outside the images.
@@ -2263,6 +2290,33 @@ def evaluation_batches(dataset, split, args, device):
     return Batches(split, batch_size=size, mean=dataset.mean, std=dataset.std, device=device)
 
 
+# ---- pipeline/proposals.py: What a folder of photographs proposes for flags that are not given.
+
+PARENT = re.compile(r"cifar-?100?(-|$)|image(nette|woof)")  # a folder of such folders is datasets/, not photographs
+
+
+def holds_images(folder):
+    with suppress(OSError):  # read_folder names a folder that cannot be read
+        return any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder))
+    return False
+
+
+def implied_dataset(given):
+    """--dataset; without it "folder" if --data-dir holds class folders of images, else None: the recipe says.
+
+    given has the flags on the command line, {name: value}.
+    """
+    root = Path(given.get("data_dir", ""))
+    if "dataset" in given or "data_dir" not in given or not root.is_dir():
+        return given.get("dataset")
+    names = subfolders(root)
+    if any(PARENT.match(name) for name in names):
+        return None
+    folders = [root, *(root / name for name in names if name.lower() in SPLITS["train"])]
+    found = (folder / name for folder in folders for name in subfolders(folder))
+    return "folder" if any(map(holds_images, found)) else None
+
+
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
@@ -2271,7 +2325,7 @@ SAMPLE = 2000  # the number of large images from which mean and standard deviati
 
 
 class Split(NamedTuple):
-    images: torch.Tensor | LargeImages  # (N, 3, H, W) uint8; LargeImages in a training split if is_large
+    images: torch.Tensor | LargeImages  # (N, C, H, W) uint8; LargeImages in a training split if is_large
     labels: torch.Tensor  # (N,) int64
     names: np.ndarray  # (N,) file names, or indices in the published dataset
 
@@ -2301,17 +2355,18 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
 
-    def normalised_by(self, mean, std):
-        """The same, to be normalised by another mean and std: those that its weights were trained with."""
-        return self._replace(mean=mean, std=std)
+    def learnt_by_heart(self, count):
+        """`count` of the training images, evenly spread, which are the test images as well."""
+        if count > (most := len(self.train.labels)):
+            raise UserError(f"--overfit {count}: there are {most:,} training images")
+        train = self.train.pick(torch.arange(count) * most // count)
+        large = isinstance(train.images, LargeImages)
+        test = train._replace(images=train.images.centre_crops("overfit")) if large else train
+        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
 
     def splits(self):
         """{"train", "val" if there is one, "test": Split}."""
         return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
-
-    def data_hash(self):
-        """The hash of the training images alone, by which results name their data."""
-        return self.train.hash()
 
 
 def count_classes(name, data_dir):
@@ -2322,8 +2377,8 @@ def count_classes(name, data_dir):
 
 
 def is_large(name, image_size):
-    """Whether a dataset's images keep their shape and are cropped (see large.py), rather than resized to a square."""
-    return name in IMAGENETTES or (name == "folder" and image_size > SMALL)
+    """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
+    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -2332,6 +2387,7 @@ def load_dataset(
     *,
     data_dir,
     image_size,
+    channels=3,
     crop_pct=CROP_PCT,
     val_fraction=0.0,
     test_fraction=0.2,
@@ -2339,7 +2395,7 @@ def load_dataset(
     cache_dir=None,
     dataset_name=None,
 ):
-    """The images of a dataset, resized to image_size x image_size, as a Dataset.
+    """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
     val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
     that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
@@ -2350,12 +2406,12 @@ def load_dataset(
     if name == "folder":
         folder = Path(data_dir).resolve()
     elif name in IMAGENETTES:
-        folder = find_imagenette(name, data_dir, image_size)
+        folder = find_imagenette(name, data_dir, max(both_sides(image_size)))
     elif name.startswith("cifar") and Path(data_dir, name, "train").is_dir():
         folder = Path(data_dir, name)
     if folder:
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
-        classes, splits = read(folder, image_size, cache_dir)
+        classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
         classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
@@ -2368,18 +2424,15 @@ def load_dataset(
         for key, (p, y, n) in splits.items()
     }
     if "all" in splits:
-        test, train = split_by_class(
-            splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction"
-        )
-        splits = {"train": train, "test": test}
+        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
+        splits = dict(zip(("test", "train"), parts))
     elif folder and test_fraction != 0.2:  # not the default
         print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
     if val_fraction:
         if "val" in splits:
             raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        splits["val"], splits["train"] = split_by_class(
-            splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction"
-        )
+        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -2387,19 +2440,18 @@ def load_dataset(
     return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
 
 
-def dataset_of(args):
-    """load_dataset with the values of a training script's flags, the attributes of args."""
-    return load_dataset(
-        args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        val_fraction=args.val_fraction,
-        test_fraction=args.test_fraction,
-        split_seed=args.split_seed,
-        cache_dir=args.cache_dir,
-        dataset_name=args.dataset_name,
-    )
+def dataset_of(args, statistics=None):
+    """load_dataset with the values of a training script's flags, the attributes of args.
+
+    statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
+    """
+    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
+    names += ("dataset_name",)
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
+    dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
+    if getattr(args, "overfit", None):
+        dataset = dataset.learnt_by_heart(args.overfit)
+    return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
 def read_shapes(name, data_dir):
@@ -2417,20 +2469,19 @@ def read_cifar(name, data_dir):
             except RuntimeError:  # missing, or its checksums are wrong
                 found = dataset(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{name} is not in {data_dir} and cannot be downloaded ({error}): "
-                f"put {dataset.filename} or its folder {dataset.base_folder} there, or give its place by --data-dir"
-            ) from error
+            advice = f"put {dataset.filename} there, or set --data-dir"
+            raise UserError(f"{name} is not in {data_dir} and cannot be downloaded ({error}): {advice}") from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits[split] = (images, found.targets, np.arange(len(images)))
     return found.classes, splits
 
 
 def resized(images, size):
-    """Images (N, 3, H, W) uint8 resized to (N, 3, size, size), with antialiasing."""
-    if images.shape[2:] == (size, size):
+    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
+    sides = both_sides(size)
+    if images.shape[2:] == sides:
         return images
-    return torch.cat([resize(chunk, [size, size], antialias=True) for chunk in images.split(1000)])
+    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
 
 
 def split_by_class(split, fraction, classes, *, seed, flag):
@@ -2459,8 +2510,8 @@ def channel_statistics(images):
 
 
 def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, 3, H, W) uint8."""
-    count, (total, squares) = 0, torch.zeros(2, 3, dtype=torch.int64)
+    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
+    count, total, squares = 0, 0, 0
     for chunk in chunks:
         chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
         count += chunk.shape[1]
@@ -2511,12 +2562,12 @@ def read_from_outside(what_is_wrong):
     """A context in which any exception is a UserError: what a damaged or crafted file raises is open-ended."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch weights_only off
-        raise UserError(f"{what_is_wrong} (not of torch.save, or more than tensors and plain types)") from error
     except Exception as error:
         reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch weights_only off
+            reason = "not of torch.save, or more than tensors and plain types"
         raise UserError(f"{what_is_wrong} ({shorten(reason, 200, placeholder=' ...')})") from error
 
 
@@ -2542,20 +2593,15 @@ def read_archive(path, what_is_wrong, device="cpu"):
 
 def pick_device(name=None):
     """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
-    available = [
-        kind
-        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        if there
-    ]
-    available.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has none; available: {', '.join(available)}"
-        )
+        reason = "this machine, or this build of torch, has none"
+        raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
     if device.type == "cuda":
         check_kernels(device)
     return device
@@ -2573,10 +2619,8 @@ def check_kernels(device):
         if needed <= own and (name == "compute" or needed[0] == own[0]):
             return
     name = f"{torch.cuda.get_device_name(device)} (sm_{own[0]}{own[1]})"
-    raise UserError(
-        f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; use --device cpu or"
-        " an older torch"
-    )
+    advice = "use --device cpu or an older torch"
+    raise UserError(f"--device {device}: this torch has kernels for {' '.join(kinds)}, none for {name}; {advice}")
 
 
 def has_tf32(device):
@@ -2740,13 +2784,13 @@ def memory_error(error, run):
 def largest_batch(run):
     """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
     weights alone fill the memory."""
-    device, size = run.device, run.args.image_size
+    device, shape = run.device, run.dataset.test.images.shape[1:]  # (C, H, W)
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with run.precision.autocast():
-        run.model(torch.zeros(8, 3, size, size, device=device)).sum().backward()
+        run.model(torch.zeros(8, *shape, device=device)).sum().backward()
     per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
     run.optimizer.zero_grad()
     torch.cuda.empty_cache()
@@ -2811,14 +2855,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
     def check_values(self, values):
-        """Raises UserError for a value, by its name, that the command line would not have taken."""
+        """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []
         for action in self._actions:
             value, needed = values.get(action.dest), action.nargs is None and action.default is not None
-            if isinstance(value, list):
+            if isinstance(value, list) and action.nargs:
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
-                argv.append(f"{action.option_strings[0]}={value}")
+                text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
 
@@ -2853,6 +2898,14 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
     return convert
 
 
+def pixels(text):
+    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    return sides if len(set(sides)) == 2 else sides[0]
+
+
 def at_least(low, kind=int):
     return number(kind, low=low)
 
@@ -2860,6 +2913,22 @@ def at_least(low, kind=int):
 positive = number(above=0)
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
+
+
+def is_own_class(value):
+    """Whether --attention names a class of the user's own, as FILE.py:Class."""
+    return isinstance(value, str) and ".py:" in value
+
+
+def name_or_class(names):
+    """A flag's type: one of the names, or FILE.py:Class, which is not loaded here."""
+
+    def convert(text):
+        if text in names or is_own_class(text):
+            return text
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or FILE.py:Class)")
+
+    return convert
 
 
 def make_parser(script, description, *, recipes, datasets, policies):
@@ -2886,7 +2955,10 @@ def add_data_flags(group, datasets):
     add("--dataset", choices=datasets, metavar="NAME", help=", ".join(datasets))
     add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
-    add("--image-size", type=at_least(1), metavar="PIXELS", help="resize images; above 64, folders are cropped")
+    help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
+    add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
+    help_text = "1 reads a folder in grey, 3 in colour"
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
@@ -2914,8 +2986,7 @@ def add_augmentation_flags(group, policies):
     add("--fill", type=number(int, low=0, high=255), default=0, help="grey level that --aa and --rotate uncover")
     add("--reprob", type=probability, metavar="P", default=0.0, help="erase a random rectangle, in long runs")
     add("--cutout", type=at_least(0), metavar="PIXELS", default=0, help="erase a random square of this side")
-    help_text = "blend pairs of images, in runs of 50 epochs or more"
-    add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+    add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help="blend pairs of images, in long runs")
     help_text = "paste a box of another image; with --mixup, one or the other for each batch"
     add("--cutmix", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
 
@@ -2927,27 +2998,25 @@ def add_optimizer_flags(group):
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
     help_text = "sgd, adam, adamw or muon, which learns most in few epochs"
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
+    help_text = "check a new block: can it learn N training images by heart? Without augmentation and dropout"
+    add("--overfit", type=at_least(1), metavar="N", help=help_text)
     add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
     help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"
     add("--amp", choices=("auto", "bf16", "fp16", "tf32", "off"), default="auto", help=help_text)
-    help_text = "torch.compile; auto compiles on a GPU, for long runs"
-    add("--compile", choices=("auto", "on", "off"), default="auto", help=help_text)
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on a GPU, in long runs")
     add("--momentum", type=fraction, default=0.9, help="momentum of sgd")
-    help_text = "of adam and adamw; onecycle sets the first"
-    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help=help_text)
+    add("--opt-betas", type=fraction, nargs=2, metavar="B", default=[0.9, 0.999], help="of adam and adamw")
     add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
-    help_text = "also decay biases, normalisation and embeddings"
-    add("--decay-all", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
     add("--drop-last", action=argparse.BooleanOptionalAction, default=False, help=help_text)
 
 
 def add_schedule_flags(group):
     add = group.add_argument
-    help_text = "schedule of the learning rate: steps down, warm-up and cosine, or one cycle"
-    add("--sched", choices=("multistep", "cosine", "onecycle"), help=help_text)
+    add("--sched", choices=("multistep", "cosine", "onecycle"), help="steps down, warm-up and cosine, or one cycle")
     help_text = "epochs after which multistep lowers the learning rate (default: 5/8 and 15/16 of all)"
     add("--milestones", type=at_least(1), nargs="+", metavar="EPOCH", help=help_text)
     add("--gamma", type=positive, default=0.1, help="factor by which multistep lowers it")
@@ -2955,12 +3024,10 @@ def add_schedule_flags(group):
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
-    help_text = "decay of a moving average of the weights, which is then evaluated, say 0.999"
-    add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help=help_text)
+    add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
-    help_text = "stop after N epochs without a better validation accuracy"
-    add("--patience", type=at_least(1), metavar="N", help=help_text)
+    add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 
 def add_run_flags(group):
@@ -2970,8 +3037,7 @@ def add_run_flags(group):
     add("--resume", metavar="RUN", help="a run's folder to resume; auto: resume if it exists, else start it")
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
-    help_text = "save within an epoch every M minutes"
-    add("--save-minutes", type=positive, metavar="M", default=10.0, help=help_text)
+    add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
     help_text = "keep the checkpoints after these epochs"
     add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
     add("--profile", action="store_true", help="also write where the time of ten steps goes")
@@ -3010,9 +3076,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not inner:
             raise UserError("--opt muon: no weight matrix of a block is trained here; use --opt adamw")
         self.matrices = {p: nn.Parameter(p.detach().flatten(1)) for p in inner}  # the same memory
-        muon = torch.optim.Muon(
-            self.matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        options = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        muon = torch.optim.Muon(self.matrices.values(), **options)
         groups = parameter_groups(model, weight_decay, decay_all=decay_all, leave_out=inner)
         self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, fused=True)}
         super().__init__(self.outer_groups(), {})
@@ -3132,15 +3197,9 @@ COLUMNS = (  # of log.csv
 )
 
 
-def plural(number, noun):
-    """ "1 epoch", "2 epochs"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def print_header(args, precision):
     """The first lines of a run: its recipe, and what it runs on."""
-    length = plural(args.epochs, "epoch")
-    print(f"recipe {args.recipe}: {args.dataset}, {length}, batch {args.batch_size}, lr {args.lr:g}")
+    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
 
 
@@ -3181,6 +3240,19 @@ def epoch_line(row, epochs):
     return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
 
 
+def print_accuracies(result):
+    """The accuracies of a finished run, or with --overfit how many images it learnt."""
+    if count := result["args"].get("overfit"):
+        learnt = round(count * result["test_accuracy"])
+        advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
+        return print(f"{learnt} of {count} images learnt by heart{advice}")
+    print(f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+    if result["test_accuracy_at_best_val"] is not None:
+        print(f"test accuracy {result['test_accuracy_at_best_val']:.2%} at the best validation accuracy")
+    if result["best_on_test"] is not None:
+        print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+
+
 def write_log(path, history):
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -3216,7 +3288,7 @@ def draw_curves(path, history, args):
             axes.axvline(epoch - 0.5, color="grey", linestyle=":", label=label_once)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -3227,11 +3299,8 @@ def write_split(path, dataset):
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "class", "split"))
-    for key in ("train", "val", "test"):
-        if split := getattr(dataset, key):
-            writer.writerows(
-                (name, dataset.classes[label], key) for name, label in zip(split.names, split.labels.tolist())
-            )
+    for key, split in dataset.splits().items():
+        writer.writerows((name, dataset.classes[y], key) for name, y in zip(split.names, split.labels.tolist()))
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -3275,7 +3344,7 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "trained_params": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
         "params_without_embedding": count_parameters(run.model, leave_out="pos_embed"),
         "dataset_name": dataset.name,
-        "images": {key: len(split.labels) for key in ("train", "val", "test") if (split := getattr(dataset, key))},
+        "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
         "data_hash": run.data_hashes["train"],
         "epochs": len(history),
@@ -3301,25 +3370,74 @@ def write_result(path, run, *, test_accuracy, at_best_val):
     return result
 
 
+# ---- training/own.py: A block of the user's own: the class that --attention FILE.py:Class names. Its file runs only if a flag names it.
+
+def load_own_class(text):
+    """The class of nn.Module that FILE.py:Class names; its file runs here. Raises UserError if there is none."""
+    flag, (file, _, name) = f"--attention {text}", text.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{flag}: there is no file {file}")
+    module_name = f"own_{Path(file).stem}"  # a file data.py must not stand for the project's own
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where dataclasses and torch.compile look for it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        raise UserError(f"{flag}: {file} cannot be imported: {last_line}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        raise UserError(f"{flag}: {file} has no class {name}, only {', '.join(there) or 'imports'}")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"{flag}: {name} must be a class that inherits from nn.Module")
+    return found
+
+
+def confirmed_attention(saved, given, where="the checkpoint"):
+    """The --attention of a checkpoint: if it is a class of the user's own, the one `given`, as its file may have moved.
+
+    Raises UserError if such a class is not given again, so that opening a checkpoint runs no file unasked, and if
+    another attention is given.
+    """
+    own = is_own_class(saved)
+    if own and not given:
+        raise UserError(f"{where}: its attention is your own, and no file runs unasked: give --attention {saved} again")
+    same_class = own and is_own_class(given) and saved.rpartition(":")[2] == given.rpartition(":")[2]
+    if given and given != saved and not same_class:
+        raise UserError(f"{where} is another run: --attention is {saved} there and {given} here")
+    return given or saved
+
+
+def with_own_class(model_args, given):
+    """The keyword arguments of a model, with the class itself for an attention FILE.py:Class that is `given` again."""
+    attention = confirmed_attention(model_args.get("attention"), given)
+    return model_args | {"attention": load_own_class(attention)} if is_own_class(attention) else model_args
+
+
 # ---- training/checkpoint.py: Checkpoints: written in one piece, opened without running code, resumed exactly.
 
 FORMAT_VERSION = 1
+
+
+def sides_in_range(size):
+    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+
+
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
-    "model_args": (dict[str, object],),
     "classes": (list[str], len),
-    "image_size": (int, lambda size: 1 <= size <= 10_000),
-    "mean": (list[float], lambda mean: len(mean) == 3),
-    "std": (list[float], lambda std: len(std) == 3 and min(std) > 0),
+    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "mean": (list[float], lambda mean: len(mean) in (1, 3)),
+    "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
     "ema": (dict[str, torch.Tensor] | None,),
-    "optimizer": (dict[str, object],),
+    **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
-    "scaler": (dict[str, object],),
     "seed": (int,),
-    "epoch": (int, lambda epoch: epoch >= 0),
-    "step": (int, lambda step: step >= 0),
+    **dict.fromkeys(("epoch", "step"), (int, lambda number: number >= 0)),
     "sums": (dict[str, torch.Tensor | int | float], lambda sums: not any(getattr(v, "ndim", 0) for v in sums.values())),
     "history": (list[dict[str, int | float | None]], lambda rows: all(set(COLUMNS[:8]) <= row.keys() for row in rows)),
     "args": (dict[str, object], lambda args: is_of_kind([args.get("dataset"), args.get("data_dir")], list[str])),
@@ -3331,13 +3449,8 @@ def is_of_kind(value, kind):
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(is_of_kind(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(is_of_kind(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            is_of_kind(key, inner[0]) and is_of_kind(item, inner[1]) for key, item in value.items()
-        )
-    return isinstance(value, kind)
+    parts = [value, value.values()] if origin is dict and isinstance(value, dict) else [value]
+    return isinstance(value, origin or kind) and all(is_of_kind(x, k) for part, k in zip(parts, inner) for x in part)
 
 
 def make_checkpoint(run):
@@ -3387,15 +3500,14 @@ def open_checkpoint(path, device="cpu"):
 
 
 def position(epoch, step):
-    """How far a run has come: its finished epochs, and the steps of the one in progress."""
-    return plural(epoch, "epoch") + (f" and {plural(step, 'step')}" if step else "")
+    """How far a run has come, from its finished epochs and the steps of the one in progress."""
+    return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
 def load_checkpoint(path, *, which="last", device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
-    Raises UserError if neither can be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -3406,20 +3518,11 @@ def load_checkpoint(path, *, which="last", device="cpu"):
         previous = path.with_name("last.prev.pt")
         if path.name != "last.pt" or not previous.exists():
             raise
-        try:
-            checkpoint = open_checkpoint(previous, device)
-        except UserError as second:
-            raise UserError(f"{error}; {second}") from second
         print(f"warning: {error}: using {previous}", file=sys.stderr)
-        path = previous
-    history = checkpoint["history"]
-    accuracies = [
-        f"{key[:-9]} {history[-1][key]:.2%}"
-        for key in ("val_accuracy", "test_accuracy")
-        if history and history[-1].get(key)
-    ]
-    reached = position(checkpoint["epoch"], checkpoint["step"])
-    print(f"{path}: {checkpoint['model']} after {reached}", *accuracies, sep=", ")
+        path, checkpoint = previous, open_checkpoint(previous, device)
+    last = checkpoint["history"][-1] if checkpoint["history"] else {}
+    accuracies = [f"{split} {value:.2%}" for split in ("val", "test") if (value := last.get(f"{split}_accuracy"))]
+    print(f"{path}: {checkpoint['model']} {position(checkpoint['epoch'], checkpoint['step'])}", *accuracies, sep=", ")
     return checkpoint
 
 
@@ -3448,7 +3551,9 @@ def check_same_images(checkpoint, run):
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
-    if then is None:  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
+    if not isinstance(
+        then, dict
+    ):  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
     names = {"train": "training", "val": "validation", "test": "test"}
@@ -3468,6 +3573,8 @@ def restore_training(checkpoint, run):
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])
         run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
+        if run.epoch != len(run.history):
+            raise ValueError(f"{run.epoch} epochs, and a history of {len(run.history)}")
         for name, value in checkpoint["sums"].items():
             name = "images" if name == "pictures" else name  # as older versions called it
             run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
@@ -3585,8 +3692,9 @@ def validate(*, model, batches, precision):
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
 MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
-WRITTEN = (*CHECKPOINTS, *MAPS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
-WITHOUT_WEIGHTS = ("none", "identity", "depthwise")  # --attention that rollout.py cannot draw
+EXPORTS = ("model.onnx", "model.pt2", "model.safetensors")
+WRITTEN = (*CHECKPOINTS, *MAPS, *EXPORTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -3637,8 +3745,11 @@ def finished_result(folder):
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
-    print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+    try:
+        result = json.loads(path.read_text())
+        print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result
 
 
@@ -3651,7 +3762,9 @@ class Run:
 
     def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
         self.folder, self.script, self.args = start.folder, start.script, start.args
-        self.model, self.model_args = model, start.model_args(len(dataset.classes))
+        self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
+        own = getattr(self.args, "attention", None)
+        self.attention_again = f" --attention {own}" if is_own_class(own) else ""
         self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
@@ -3673,9 +3786,7 @@ class Run:
         --patience without validation images.
         """
         if self.args.patience and not self.dataset.val:
-            raise UserError(
-                f"--patience {self.args.patience} needs validation images: --val-fraction 0.1 splits them off"
-            )
+            raise UserError(f"--patience {self.args.patience} needs validation images: --val-fraction 0.1")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
@@ -3706,8 +3817,8 @@ class Run:
     def stop(self, stop):
         """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
         self.write()
-        command = f"python {self.script} --resume {self.folder}"
-        print(f"stopped after {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        command = f"python {self.script} --resume {self.folder}{self.attention_again}"
+        print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
         stop.end()
 
     def out_of_patience(self):
@@ -3731,9 +3842,8 @@ class Run:
         }
         for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} holds what was saved before"
-                )
+                kept = f"{self.folder} holds what was saved before"
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
         self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
@@ -3763,7 +3873,7 @@ class Run:
         Prints what the folder holds, and returns what result.json holds.
         """
         if self.epoch < self.args.epochs:
-            print(f"no better validation accuracy in {plural(self.args.patience, 'epoch')}: stopped early")
+            print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
@@ -3773,18 +3883,12 @@ class Run:
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
-        print(f"test accuracy {test_accuracy:.2%} after epoch {self.epoch}")
-        if at_best_val is not None:
-            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
-        if result["best_on_test"] is not None:
-            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+        print_accuracies(result)
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
-        refused = any(getattr(module, "sums_to_one", True) is False for module in model.modules())
-        if refused or self.args.attention in WITHOUT_WEIGHTS:
-            print(f"draw which pixels it looks at: python attribute.py {folder}")
-        else:
-            print(f"draw its attention maps: python rollout.py {folder}")
+        drawn = self.args.attention not in WITHOUT_MAPS
+        where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
+        print(f"draw {where} {folder}{self.attention_again}")
         return result
 
 
@@ -3798,24 +3902,25 @@ def is_best(history, key):
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
-    "milestones": (lambda args: args.sched == "multistep", "--sched multistep"),
-    "gamma": (lambda args: args.sched == "multistep", "--sched multistep"),
+    **dict.fromkeys(("milestones", "gamma"), (lambda args: args.sched == "multistep", "--sched multistep")),
     "warmup_epochs": (lambda args: args.sched == "cosine", "--sched cosine"),
     "div_factor": (lambda args: args.sched == "onecycle", "--sched onecycle"),
-    "momentum": (
-        lambda args: args.opt == "sgd" and args.sched != "onecycle",
-        "--opt sgd, and another --sched than onecycle, which moves the momentum itself",
-    ),
-    "opt_betas": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
-    "opt_eps": (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw"),
+    "momentum": (lambda args: args.opt == "sgd" and args.sched != "onecycle", "--opt sgd, without --sched onecycle"),
+    **dict.fromkeys(("opt_betas", "opt_eps"), (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw")),
     "ratio": (lambda args: args.scale, "--scale"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
-    "attention_after": (lambda args: args.attention != "none", "--attention"),
-    "attention_in": (lambda args: args.attention != "none", "--attention"),
+    "channels": (lambda args: args.dataset == "folder" or args.channels == 3, "--dataset folder"),
+    **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
     "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
     "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
+}
+# what --overfit leaves out, unless it is given: what makes it harder to learn images by heart
+WITH_OVERFIT = {
+    **dict.fromkeys(("hflip", "rotate", "crop_padding", "reprob", "cutout", "mixup", "cutmix", "smoothing"), 0),
+    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "val_fraction"), 0),
+    **{"aa": "none", "scale": None},
 }
 
 
@@ -3830,10 +3935,19 @@ class Start(NamedTuple):
     result: dict | None = None
     began: float = 0.0  # time.monotonic() when the script began, from which --minutes count
 
-    def model_args(self, num_classes):
-        """The keyword arguments of the model that the flags ask for."""
-        names = self.model_flags[self.args.model]
-        return {name: getattr(self.args, name) for name in names} | {"num_classes": num_classes}
+    def model_args(self, num_classes, *, plain=False):
+        """The keyword arguments of the model that the flags ask for; plain ones are those that a checkpoint holds."""
+        names = self.model_flags[self.args.model.partition(":")[0]]  # timm:NAME is of the family timm
+        grey = {"in_channels": self.args.channels} if self.args.channels != 3 else {}
+        model_args = {name: getattr(self.args, name) for name in names} | grey | {"num_classes": num_classes}
+        if plain or not is_own_class(model_args.get("attention")):
+            return model_args
+        return with_own_class(model_args, model_args["attention"])
+
+    def input_shape(self):
+        """(C, H, W) of an image."""
+        size = self.args.image_size
+        return self.args.channels, *((size, size) if isinstance(size, int) else size)
 
 
 def start_run(parser, argv, *, chosen_recipe, model_flags):
@@ -3851,14 +3965,17 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
         print(parser.help_text(everything="help_all" in given))
         return start
     model = given.get("model", defaults["model"])
-    folder, resuming = choose_folder(given, default_name=model, default_dir=parser.get_default("out_dir"))
+    if model.partition(":")[0] not in model_flags:
+        raise UserError(f"--model {model}: choose from {', '.join(model_flags)}")
+    default_name = model.replace(":", "-")
+    folder, resuming = choose_folder(given, default_name=default_name, default_dir=parser.get_default("out_dir"))
     if not resuming:
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
         check_effects(given, args)
         check_model_flags(given, model_flags, args.model)
         return start._replace(args=args, folder=folder)
     checkpoint = load_checkpoint(folder)
-    if checkpoint["model"] not in model_flags:
+    if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
     if result := finished_result(folder):
@@ -3874,7 +3991,9 @@ def given_arguments(parser, argv):
 
 def complete_arguments(parser, given, recipe):
     """All arguments: the parser's defaults, overridden by the recipe's, overridden by those given. Raises UserError."""
-    args = argparse.Namespace(**{**vars(parser.parse_args([])), **recipe, **given})
+    defaults = vars(parser.parse_args([]))
+    changes = {name: value for name, value in WITH_OVERFIT.items() if name in defaults and given.get("overfit")}
+    args = argparse.Namespace(**{**defaults, **recipe, **changes, **given})
     for name in ("scale", "ratio"):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
@@ -3906,7 +4025,7 @@ def check_model_flags(given, model_flags, model):
     """
     for name in given:
         users = [other for other, flags in model_flags.items() if name in flags]
-        if users and model not in users and name != "image_size":
+        if users and model.partition(":")[0] not in users and name != "image_size":
             raise UserError(f"{as_flag(name)}: {model} does not take it")
 
 
@@ -3915,9 +4034,10 @@ def resumed_arguments(parser, given, checkpoint, folder):
 
     Arguments that are newer than the checkpoint take their defaults. Raises UserError for one that may not change.
     """
-    everything = vars(parser.parse_args([]))
     saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
-    saved = everything | saved
+    saved = vars(parser.parse_args([])) | saved
+    if is_own_class(saved.get("attention")):
+        saved["attention"] = confirmed_attention(saved["attention"], given.get("attention"), f"--resume {folder}")
     parser.check_values(saved)
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
@@ -3925,10 +4045,9 @@ def resumed_arguments(parser, given, checkpoint, folder):
         if flag_kind(name) == "run" and saved[name] != value
     ]
     if different:
-        longer = (
-            f"; to train its weights for longer, start a new run: --init-from {folder}" if "epochs" in given else ""
-        )
-        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}{longer}")
+        if "epochs" in given:
+            different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
+        raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})
 
 
@@ -4083,6 +4202,44 @@ class Watch:
         self.bar.update(sums["step"] - self.bar.n)
 
 
+# ---- training/weights.py: The weights that a run starts from: of another run, or of a file that another program wrote.
+
+STATE_DICT = dict[str, torch.Tensor]
+
+
+def start_from_weights(path, load, checkpoint):
+    """Give load(weights) those of --init-from: of a run's folder, of a checkpoint, or a state dict of another program.
+
+    load returns the names that it left out; they are printed. Returns (mean, std) of the run's images, None for a state
+    dict. If `checkpoint` is that of a run to resume, nothing is loaded. Raises UserError if the file is neither.
+    """
+    if checkpoint:
+        return checkpoint["mean"], checkpoint["std"]
+    path, found, statistics = Path(path), None, None
+    what_is_wrong = f"--init-from {path}: it is neither a checkpoint nor a file of weights"
+    if path.is_file() and path.suffix == ".safetensors":
+        with read_from_outside(what_is_wrong):
+            found = import_optional("safetensors.torch").load_file(path)
+    elif path.is_file() and path.name != "last.pt":
+        found = read_archive(path, what_is_wrong)
+        if (
+            isinstance(found, dict) and "format_version" not in found
+        ):  # someone's checkpoint: weights among other things
+            found = next((part for part in found.values() if is_of_kind(part, STATE_DICT) and part), found)
+    if not is_of_kind(found, STATE_DICT):
+        checkpoint = load_checkpoint(path)
+        found, statistics = evaluated_weights(checkpoint), (checkpoint["mean"], checkpoint["std"])
+    print_taken(path, found, load(found))
+    return statistics
+
+
+def print_taken(source, weights, left_out):
+    """Print how many tensors of each part of a state dict were taken, and the names in the model that were left out."""
+    parts = Counter(name.removeprefix("module.").split(".")[0] for name in weights)
+    taken = ", ".join(f"{part} {count}" for part, count in parts.items())
+    print(f"weights of {source}; left out: {', '.join(left_out) or 'nothing'}; tensors in it: {taken}")
+
+
 # ---- train_resnet_attn.py: Train a ResNet or xResNet with an attention block in it: from scratch, or after a trained trunk.
 
 SURVEY = {
@@ -4166,7 +4323,8 @@ def resnet_parser():
     parser = make_parser("train_resnet_attn.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODEL_FLAGS, metavar="NAME", help=", ".join(MODEL_FLAGS))
-    add("--attention", choices=ATTENTIONS2D, metavar="NAME", help=f"the block: {', '.join(ATTENTIONS2D)}")
+    help_text = f"the block: {', '.join(ATTENTIONS2D)}, or your own FILE.py:Class"
+    add("--attention", type=name_or_class(ATTENTIONS2D), metavar="NAME", help=help_text)
     add("--attention-after", choices=STAGES, help="the stage that a ResNet's block follows")
     add("--attention-in", choices=STAGES, nargs="+", help="the stages whose last block has it in an xResNet")
     add("--attention-kernel-size", type=at_least(1), metavar="PIXELS", help="of simple, an odd number")
@@ -4189,16 +4347,14 @@ def resnet_parser():
 
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
-    name = given.get("recipe", "quick" if given.get("dataset") == "shapes" else "survey")
-    changes = {}
-    if name == "woof":  # fastai's presize: 32 pixels more than the image size
-        size = given.get("image_size", WOOF["image_size"])
+    dataset = implied_dataset(given)
+    name = given.get("recipe", "quick" if dataset == "shapes" else "survey")
+    changes, size = {}, given.get("image_size", WOOF["image_size"])
+    if name == "woof" and isinstance(size, int):  # fastai's presize: 32 pixels more than the image size
         changes = {"crop_pct": size / (size + 32)}
-    if name == "strong" and given.get("epochs", SHORT) < SHORT:
-        changes = LIGHT
-    if name == "strong" and given.get("dataset") in IMAGENETTES:
-        changes = LARGE
-    return name, RECIPES[name] | changes
+    if name == "strong" and (dataset in IMAGENETTES or given.get("epochs", SHORT) < SHORT):
+        changes = LARGE if dataset in IMAGENETTES else LIGHT
+    return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 
 def check_start(args):
@@ -4211,21 +4367,19 @@ def check_start(args):
         raise UserError(f"--pretrained: there are no weights for {args.model}, only for {', '.join(RESNETS)}")
 
 
-def start_from_trunk(model, args, checkpoint, device):
+def start_from_trunk(model, args, checkpoint):
     """Load the trunk of --init-from or --pretrained, unless the run is resumed, and freeze it if --freeze says so.
 
-    Returns (mean, std) of the images that the trunk was trained on; None if it starts from scratch.
+    Returns (mean, std) of the images that the trunk was trained on; None if they are not known.
     """
     statistics = None
+    if args.init_from:
+        statistics = start_from_weights(args.init_from, partial(load_trunk, model), checkpoint)
     if args.pretrained:
         warn_of_seen_images(args.dataset)
         statistics = imagenet_statistics()
-    if args.init_from:
-        source = checkpoint or load_checkpoint(args.init_from, device=device)
-        statistics = source["mean"], source["std"]
-    if statistics and not checkpoint:
-        left = load_trunk(model, evaluated_weights(source)) if args.init_from else load_imagenet_trunk(model)
-        print(f"the trunk is that of {args.init_from or 'ImageNet'}; left out: {', '.join(left) or 'nothing'}")
+        if not checkpoint:
+            print(f"weights of ImageNet; left out: {', '.join(load_imagenet_trunk(model))}")
     if args.freeze:
         model.freeze_trunk()
     return statistics
@@ -4246,15 +4400,13 @@ def main(argv=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "positions")
-    statistics = start_from_trunk(model, args, checkpoint, device)
+    statistics = start_from_trunk(model, args, checkpoint)
     if args.summary:
-        return print_summary(summarize(model, (3, *2 * (args.image_size,)), batch_size=args.batch_size), args)
+        return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
-    dataset = dataset_of(args)
+    dataset = dataset_of(args, statistics)
     print(describe(dataset))
-    if statistics:
-        dataset = dataset.normalised_by(*statistics)
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
     watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {"test": test}

@@ -131,8 +131,11 @@ def test_a_trunk_is_taken_from_another_run_and_what_was_left_is_named():
             {"width": 4},
             r"--init-from: .*conv1.weight \(\(4, 3, 3, 3\) in the file, \(8, 3, .* in the model\), .* \.\.\.",
         ),
-        ({"stem": "imagenet"}, r"model: conv1.weight \(\(8, 3, 7, 7\) in the file, \(8, 3, 3, 3\) in the model\)$"),
-        ({"model": "resnet34"}, r"model: layer1.2.conv1.weight \(\(8, 8, 3, 3\) in the file, missing in the model\)"),
+        ({"stem": "imagenet"}, r"model, .*: conv1.weight \(\(8, 3, 7, 7\) in the file, \(8, 3, 3, 3\) in the model\)$"),
+        (
+            {"model": "resnet34"},
+            r"model, .*: layer1.2.conv1.weight \(\(8, 8, 3, 3\) in the file, missing in the model\)",
+        ),
     ],
 )
 def test_another_trunk_is_refused(other, message):
