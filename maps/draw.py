@@ -200,7 +200,7 @@ def draw_evaluation(path, title, found, images):
         texts, title = (100 * shares).round().astype(int), "accuracy (%) with corruptions of strengths 1 to 5"
         draw_shares(axes, shares, texts, names, range(1, 6), title=title)
     bottom.suptitle("the surest mistakes")
-    grid = bottom.subplots(1, len(images) or 1, squeeze=False)[0]
+    grid = bottom.subplots(1, len(images), squeeze=False)[0] if len(images) else ()
     for axes, image, (_, true, said, probability) in zip(grid, images, found["mistakes"]):
         show_image(axes, image.permute(1, 2, 0).numpy(), f"true {true}\n{said} ({probability:.0%})")
     save_figure(figure, path, 110)
