@@ -32,7 +32,7 @@ def test_a_folder_of_class_folders_is_meant_by_its_name_alone(tmp_path, datasets
     write_images(tmp_path / "split" / "Training")
     assert implied(tmp_path / "split") == "folder"
     assert implied(tmp_path / "pets", dataset="cifar10") == "cifar10"
-    assert implied_dataset({}) is None and implied(tmp_path / "nowhere") is None
+    assert implied_dataset({}) is implied_dataset({"data_dir": None}) is None and implied(tmp_path / "nowhere") is None
     (tmp_path / "empty").mkdir()
     assert implied(tmp_path / "empty") is None
     assert implied(datasets) is None and implied(datasets / "imagewoof") == "folder"
@@ -57,7 +57,7 @@ def test_a_size_that_is_given_is_kept_and_own_validation_images_are_used(tmp_pat
     given = {"data_dir": tmp_path / "pets", "image_size": 32}
     assert proposals_of_images(given) == {"val_fraction": 0.0} and not capsys.readouterr().out
     assert proposals_of_images(given | {"image_size": 72})["scale"] == [0.35, 1.0]
-    assert proposals_of_images(given | {"dataset": "cifar10"}) == proposals_of_images({}) == {}
+    assert proposals_of_images(given | {"dataset": "cifar10"}) == proposals_of_images({"data_dir": None}) == {}
     with pytest.raises(UserError, match="there is no such folder"):
         proposals_of_images({"data_dir": tmp_path / "nowhere"})
 
