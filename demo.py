@@ -130,7 +130,7 @@ def make_page(runs):
             layer = gr.Dropdown(label="layer", **numbered(runs[names[0]].layers, "all, joined by the method"))
             head = gr.Dropdown(label="head of this layer", **numbered(runs[names[0]].heads, "all, their mean"))
         with gr.Column(scale=3):
-            figure = gr.Plot(label="where it looks")
+            figure = gr.Plot(show_label=False)
             label = gr.Label(label="what it sees", num_top_classes=5)
         asked = {"fn": answer, "inputs": [name, photo, number, method, layer, head], "outputs": [label, figure]}
         private = {"api_visibility": "private", "queue": False}
@@ -146,7 +146,7 @@ def main(argv=None):
     args = demo_parser().parse_args(argv)
     import_gradio()
     page = make_page({str(path): ShownRun(path, args) for path in args.checkpoints})
-    page.launch(server_name="127.0.0.1", share=False, max_file_size="100mb")
+    page.launch(server_name="127.0.0.1", share=False, max_file_size="100mb", footer_links=["gradio"])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def inside(workspace, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, inside):
+def test_commands_run(command, inside, monkeypatch):
     """On small settings; benchmarks and the lesson have tests of their own, and plans are listed, not run."""
     argv = shlex.split(command)[1:]
     if argv[0] == "-m":
@@ -106,6 +106,9 @@ def test_commands_run(command, inside):
         argv += ["--device", "cpu"] + (["--num-images", "4"] if "--evaluate" in argv else [])
     elif script == "export.py":
         pytest.importorskip("safetensors" if "safetensors" in argv else "onnxscript")
+    elif script == "demo.py":
+        gradio = pytest.importorskip("gradio")
+        monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: None)
     elif script == "campaign.py":
         argv += ["--list", "--device", "cpu"]
     main(argv)
@@ -144,7 +147,7 @@ def test_plans_can_be_read(inside):
 def test_flags_exist():
     scripts = [*TRAINING, "rollout.py", "benchmarks.train"]
     others = {"attribute.py": "attribute_parser", "campaign.py": "campaign_parser", "compare.py": "compare_parser"}
-    others |= {"export.py": "export_parser", "predict.py": "predict_parser"}
+    others |= {"export.py": "export_parser", "predict.py": "predict_parser", "demo.py": "demo_parser"}
     parsers = [script_parser(script) for script in scripts]
     parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
