@@ -39,19 +39,16 @@ def demo_parser():
 
 
 class ShownRun:
-    """A run on the page: its checkpoint and model, how many layers and heads its attention has, and its dataset.
-
-    Raises UserError if there is no attention to draw.
-    """
+    """A run on the page: checkpoint, model, number of layers and heads, dataset. Raises UserError without attention."""
 
     def __init__(self, path, args):
         self.device, self.data_dir = pick_device(args.device), args.data_dir
         self.checkpoint = load_checkpoint(path, device=self.device)
         own = args.attention if is_own_class(self.checkpoint["model_args"].get("attention")) else None
         self.model = rebuild_model(self.checkpoint, build_model, attention=own).to(self.device)
-        size = self.checkpoint["image_size"]
+        blank = torch.zeros(1, 3, *2 * [self.checkpoint["image_size"]], device=self.device)
         try:
-            recorder = attention_matrices(self.model, torch.zeros(1, 3, size, size, device=self.device), ["raw"])[2]
+            recorder = attention_matrices(self.model, blank, ["raw"])[2]
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         self.layers, self.heads = len(recorder.attentions), min(layer.shape[1] for layer in recorder.attentions)
@@ -79,15 +76,12 @@ def look(run, photo, number, method="rollout", layer=0, head=0):
     method = "raw" if layer else method
     with ONE_AT_A_TIME:
         matrices, logits, recorder = attention_matrices(run.model, inputs, [method])
-    title, one_map = method, model_maps(run.model, matrices[method], recorder.pooling)[0].cpu().numpy()
+    drawn = {method: model_maps(run.model, matrices[method], recorder.pooling)[0].cpu().numpy()}
     if layer:
-        maps = maps_of_layers(run.model, recorder, 0)[layer - 1]  # (heads, h, w)
-        title, one_map = f"layer {layer}, " + (f"head {head}" if head else "all heads"), maps.mean(0)
-        one_map = maps[head - 1] if head else one_map
+        heads = maps_of_layers(run.model, recorder, 0)[layer - 1]  # (heads, h, w)
+        drawn = {f"layer {layer}, head {head}": heads[head - 1]} if head else {f"layer {layer}": heads.mean(0)}
     probabilities, classes = logits.softmax(1)[0].cpu(), run.checkpoint["classes"]
-    caption = caption_of(explained, probabilities, classes)
-    figure = panel_figure([explained.shown], [caption], [{title: one_map}])
-    figure.set_dpi(160)
+    figure = panel_figure([explained.shown], [caption_of(explained, probabilities, classes)], [drawn])
     return dict(zip(classes, probabilities.tolist(), strict=True)), figure
 
 
@@ -111,15 +105,13 @@ def make_page(runs):
         try:
             return look(runs[name], photo, number, method, layer, head)
         except UserError as error:
-            message = str(error).replace(str(photo), Path(photo or "").name).removeprefix("--index ")
+            message = str(error).replace(photo, Path(photo).name) if photo else str(error).removeprefix("--index ")
             raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from error
 
-    def numbered(count, everything):
-        return {"choices": [(everything, 0), *((str(n), n) for n in range(1, count + 1))], "value": 0}
-
     def layers_and_heads(name):
-        layers = numbered(runs[name].layers, "all, joined by the method")
-        return gr.Dropdown(**layers), gr.Dropdown(**numbered(runs[name].heads, "all, their mean"))
+        counts = {"all, joined by the method": runs[name].layers, "all, their mean": runs[name].heads}
+        numbers = [[(everything, 0)] + [(str(n), n) for n in range(1, last + 1)] for everything, last in counts.items()]
+        return [gr.Dropdown(choices, value=0, label=label) for choices, label in zip(numbers, ("layer", "head"))]
 
     with gr.Blocks(title="Where does it look?", analytics_enabled=False, delete_cache=(3600, 3600)) as page, gr.Row():
         with gr.Column(scale=1):
@@ -127,8 +119,7 @@ def make_page(runs):
             number = gr.Number(label="or a test image, by its number", value=None, precision=0, minimum=0)
             name = gr.Dropdown(names, value=names[0], label="model", visible=len(names) > 1)
             method = gr.Dropdown(METHODS, value="rollout", label="method")
-            layer = gr.Dropdown(label="layer", **numbered(runs[names[0]].layers, "all, joined by the method"))
-            head = gr.Dropdown(label="head of this layer", **numbered(runs[names[0]].heads, "all, their mean"))
+            layer, head = layers_and_heads(names[0])
         with gr.Column(scale=3):
             figure = gr.Plot(show_label=False)
             label = gr.Label(label="what it sees", num_top_classes=5)
