@@ -2173,8 +2173,8 @@ def implied_dataset(given):
 
     given has the flags on the command line, {name: value}.
     """
-    root = Path(given.get("data_dir", ""))
-    if "dataset" in given or "data_dir" not in given or not root.is_dir():
+    root = Path(given.get("data_dir") or "")
+    if "dataset" in given or not given.get("data_dir") or not root.is_dir():
         return given.get("dataset")
     names = subfolders(root)
     if any(PARENT.match(name) for name in names):
@@ -2190,7 +2190,7 @@ def proposals_of_images(given):
     Images are validated on if the folder has none for that. Prints a line with the proposed size. Raises UserError if
     the folder cannot be used.
     """
-    if given.get("dataset", "folder") != "folder" or "data_dir" not in given:
+    if given.get("dataset", "folder") != "folder" or not given.get("data_dir"):
         return {}
     names, folders = find_splits(Path(given["data_dir"]))
     proposed = {"val_fraction": 0.0} if "val" in folders else {}

@@ -2084,8 +2084,8 @@ def implied_dataset(given):
 
     given has the flags on the command line, {name: value}.
     """
-    root = Path(given.get("data_dir", ""))
-    if "dataset" in given or "data_dir" not in given or not root.is_dir():
+    root = Path(given.get("data_dir") or "")
+    if "dataset" in given or not given.get("data_dir") or not root.is_dir():
         return given.get("dataset")
     names = subfolders(root)
     if any(PARENT.match(name) for name in names):
