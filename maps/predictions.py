@@ -120,8 +120,9 @@ def robustness(images, labels, logits_of):
         from imagecorruptions import corrupt, get_corruption_names
     except ImportError as error:
         raise UserError(f"--corruptions needs a library: pip install imagecorruptions-imaug ({error})") from error
-    if images.shape[3] < 32:
-        raise UserError(f"--corruptions needs images of 32 pixels or more, and the model takes {images.shape[3]}")
+    if images.shape[1] != 3 or min(images.shape[2:]) < 32:
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise UserError(f"--corruptions needs colour images of 32 pixels or more, and the model takes {shape}")
     some = torch.linspace(0, len(labels) - 1, min(1000, len(labels))).round().long()
     found = {"none": [accuracy_of(logits_of(images[some]), labels[some])["accuracy"]] * 5}
     arrays, state = images[some].permute(0, 2, 3, 1).contiguous().numpy(), np.random.get_state()

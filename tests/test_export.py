@@ -54,7 +54,7 @@ def test_every_family_gives_its_logits_in_onnx(name):
     _, convert, runner = PORTABLE["onnx"]
     data = convert(model, torch.zeros(2, 3, size, size), {})
     assert b"site-packages" not in data and b"models/" not in data  # no paths of this machine
-    export.check_logits(model, runner(model, data), size)
+    export.check_logits(model, runner(model, data), (3, size, size))
 
 
 @pytest.mark.parametrize(

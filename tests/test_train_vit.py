@@ -345,7 +345,9 @@ def test_what_can_be_resumed_and_what_starts_anew(folder_flags, tmp_path, monkey
     with pytest.raises(UserError, match="--resume .*log.csv: that is no run's folder, and no last.pt$"):
         train_vit.main(["--resume", "checkpoints/vit/log.csv"])
     assert train_vit.main(["--resume", "checkpoints/vit/last.pt"])["epochs"] == 2
-    with pytest.raises(UserError, match="--epochs is 2 there and 3 here; .* a new run, its flags and --init-from checkpoints/vit$"):
+    with pytest.raises(
+        UserError, match="--epochs is 2 there and 3 here; .* a new run, its flags and --init-from checkpoints/vit$"
+    ):
         train_vit.main(["--resume", "checkpoints/vit", "--epochs", "3"])
     last = torch.load("checkpoints/vit/last.pt")
     more = [*flags, "--lr", "1e-12", "--epochs", "1", "--init-from"]

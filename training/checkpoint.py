@@ -139,6 +139,12 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
+def checkpoint_shape(checkpoint):
+    """(C, H, W) of an image that the model of a checkpoint takes."""
+    size = checkpoint["image_size"]
+    return len(checkpoint["mean"]), *((size, size) if isinstance(size, int) else size)
+
+
 def rebuild_model(checkpoint, build_model, *, attention=None):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
