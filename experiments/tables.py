@@ -119,6 +119,7 @@ class PublishedPoint(NamedTuple):
 
 # CVT and CCT: the table in github.com/SHI-Labs/Compact-Transformers (200 epochs), with parameters as published: without
 # the positional embedding for CCT-6/3x1, with it for the others. MicroNet's accuracy is that of 36 % of its weights.
+# The report's ViT-L and second ViT-B are missing: we have no source for their accuracies.
 PUBLISHED = (
     PublishedPoint("MicroNet", 0.8003, 470_776, "OSI AI 2019, their repository, weights before pruning"),
     PublishedPoint("ZenNet-0.5M", 0.799, 500_000, "Lin et al. 2021, table in their repository"),
