@@ -20,12 +20,15 @@ class EnlargingViT(nn.Module):
     Images are enlarged inside the model, so that a dataset of small images stays small in memory.
     """
 
+    def __init__(self, in_channels):
+        super().__init__()
+        if in_channels != 3:
+            raise UserError(f"--channels {in_channels}: pretrained models take images of 3 channels")
+
     def forward(self, images):
         if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(
-                images, (self.side, self.side), mode="bilinear", antialias=True
-            )  # (B, 3, side, side)
-        return self.vit(images)  # (B, num_classes)
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.vit(images)  # of (B, 3, side, side): (B, num_classes)
 
 
 class PretrainedViT(EnlargingViT):
@@ -35,9 +38,7 @@ class PretrainedViT(EnlargingViT):
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
 
     def __init__(self, *, in_channels=3, num_classes=10, drop=0.0):
-        super().__init__()
-        if in_channels != 3:
-            raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
+        super().__init__(in_channels)
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
     def pretrained(self):
@@ -48,8 +49,8 @@ class PretrainedViT(EnlargingViT):
 class TimmViT(EnlargingViT):
     """timm's model `name`, if it cuts images into patches. Raises UserError without timm and for other names."""
 
-    def __init__(self, *, name, num_classes=10, drop_path=0.0):
-        super().__init__()
+    def __init__(self, *, name, in_channels=3, num_classes=10, drop_path=0.0):
+        super().__init__(in_channels)
         self.name, self.config = f"timm:{name}", timm_config(name)
         self.vit = import_optional("timm").create_model(name, num_classes=num_classes, drop_path_rate=drop_path or None)
         if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):

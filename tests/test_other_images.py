@@ -124,7 +124,7 @@ def test_the_flag_of_the_image_size():
         (["--image-size", "8x8x8"], "--image-size: must be at least 1, or two such numbers as 32x64, not 8x8x8"),
         (["--image-size", "0"], "--image-size: must be at least 1"),
         (["--image-size", "wide"], "--image-size: invalid pixels value: 'wide'"),
-        (["--model", "vit_b_16", "--channels", "1"], "--channels 1: vit_b_16 takes images of 3 channels"),
+        (["--model", "vit_b_16", "--channels", "1"], "--channels 1: pretrained models take images of 3 channels"),
         (["--dataset", "shapes", "--channels", "1"], "--channels has no effect here: it needs --dataset folder"),
         (["--overfit", "1000"], "--overfit 1000: there are 48 training images"),
     ],
@@ -150,6 +150,8 @@ def test_images_learnt_by_heart(script, flags, tmp_path, capsys):
     args = result["args"]
     assert not (args["hflip"] or args["mixup"] or args["smoothing"] or args["weight_decay"] or args["crop_padding"])
     assert args["aa"] == "none" and not args.get("drop")
+    script.main(["--resume", str(tmp_path / "runs" / "run")])
+    assert "is finished: 8 of 8 images learnt by heart\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="--overfit is 8 there and 9 here"):
         script.main(["--resume", str(tmp_path / "runs" / "run"), "--overfit", "9"])
 

@@ -143,6 +143,12 @@ def test_which_and_a_checkpoint_file_name_what_is_written(run, photos):
     assert written[0].parent == run / "predict" and written[0].name.startswith("last")
 
 
+def test_a_replaced_run_takes_its_evaluation_along(run, folder_flags, photos):
+    predict.main([str(run), "--evaluate", str(photos)])
+    train_vit.main([*folder_flags, "--epochs", "1", "--run-name", "vit", "--overwrite"])
+    assert not (run / "predict").exists()
+
+
 def test_users_mistakes_are_one_line(run, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")

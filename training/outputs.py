@@ -67,17 +67,13 @@ def epoch_line(row, epochs):
     return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
 
 
-def print_accuracies(result):
-    """The accuracies of a finished run, or with --overfit how many images it learnt."""
-    if count := result["args"].get("overfit"):
-        learnt = round(count * result["test_accuracy"])
-        advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
-        return print(f"{learnt} of {count} images learnt by heart{advice}")
-    print(f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
-    if result["test_accuracy_at_best_val"] is not None:
-        print(f"test accuracy {result['test_accuracy_at_best_val']:.2%} at the best validation accuracy")
-    if result["best_on_test"] is not None:
-        print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+def accuracy_text(result):
+    """The accuracy of a finished run, or with --overfit how many images it learnt."""
+    if not (count := result["args"].get("overfit")):
+        return f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}"
+    learnt = round(count * result["test_accuracy"])
+    advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
+    return f"{learnt} of {count} images learnt by heart{advice}"
 
 
 def write_log(path, history):

@@ -26,9 +26,9 @@ from training.flags import is_own_class
 from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
+    accuracy_text,
     draw_curves,
     epoch_line,
-    print_accuracies,
     write_log,
     write_predictions,
     write_result,
@@ -37,9 +37,11 @@ from training.outputs import (
 
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
-MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
-EXPORTS = ("model.onnx", "model.pt2", "model.safetensors")
-WRITTEN = (*CHECKPOINTS, *MAPS, *EXPORTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
+    *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
+    *("model.onnx", "model.pt2", "model.safetensors"),
+)
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
@@ -82,8 +84,9 @@ def prepare_folder(folder, *, resuming):
     for pattern in WRITTEN if not resuming else ():
         for path in folder.glob(pattern):
             path.unlink()
-    if not resuming and (folder / "maps").is_dir() and not any((folder / "maps").iterdir()):
-        (folder / "maps").rmdir()
+    for below in (folder / "maps", folder / "predict") if not resuming else ():
+        if below.is_dir() and not any(below.iterdir()):
+            below.rmdir()
 
 
 def finished_result(folder):
@@ -93,7 +96,7 @@ def finished_result(folder):
         return None
     try:
         result = json.loads(path.read_text())
-        print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+        print(f"{folder} is finished: {accuracy_text(result)}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result
@@ -229,7 +232,11 @@ class Run:
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
-        print_accuracies(result)
+        print(accuracy_text(result))
+        if at_best_val is not None:
+            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
+        if result["best_on_test"] is not None and not self.args.overfit:
+            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
         drawn = self.args.attention not in WITHOUT_MAPS

@@ -120,6 +120,7 @@ def test_timms_own_model_has_its_published_size_and_is_exported(capsys):
         (["--model", "timm:resnet18", "--image-size", "32"], "--model timm:resnet18 does not cut images into patches"),
         (["--model", "swin"], "--model swin: choose from vit, vit_b_16, timm"),
         (["--model", "timm"], "unknown model 'timm'"),
+        (["--channels", "1"], "--channels 1: pretrained models take images of 3 channels"),
         (["--embed-dim", "64"], "--embed-dim: timm:deit_tiny_patch16_224 does not take it"),
     ],
 )
