@@ -24,12 +24,12 @@ import shlex
 import sys
 import time
 
-from errors import UserError, command_line, run_script
+from errors import UserError, aligned, command_line, run_script
 from experiments.dry import dry_run
 from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
-from experiments.tables import aligned, comparison_table
+from experiments.tables import comparison_table
 from files import make_folder
 from training.flags import Parser, at_least, positive
 

@@ -15,35 +15,30 @@ from threading import Lock
 
 import torch
 
-from errors import UserError, run_script
+from errors import UserError, import_optional, run_script
+from maps.commands import checkpoint_parser
 from maps.draw import panel_figure
 from maps.images import caption_of, checkpoint_dataset, chosen_images, normalised, photographs
 from maps.methods import METHODS, attention_matrices, maps_of_layers, model_maps
 from models import build_model
 from training.checkpoint import checkpoint_shape, load_checkpoint, rebuild_model
 from training.device import pick_device
-from training.flags import Parser, is_own_class
+from training.flags import is_own_class
 
 ONE_AT_A_TIME = Lock()  # the recorder replaces a function of torch's for the whole process
 
 
 def demo_parser():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="RUN", help="runs' folders or checkpoint files, to choose from")
-    help_text = "the class of the runs' attention again, if it is your own: its file is run"
-    add("--attention", metavar="FILE.py:Class", help=help_text)
-    add("--data-dir", metavar="DIR", help="where the test images are, if they have moved since training")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    return parser
+    help_text = "runs' folders or checkpoint files, to choose from"
+    return checkpoint_parser(__doc__, "checkpoints", nargs="+", metavar="RUN", help=help_text)
 
 
 class ShownRun:
     """A run on the page: checkpoint, model, number of layers and heads, dataset. Raises UserError without attention."""
 
     def __init__(self, path, args):
-        self.device, self.data_dir = pick_device(args.device), args.data_dir
-        self.checkpoint = load_checkpoint(path, device=self.device)
+        self.device, self.places = pick_device(args.device), {"data_dir": args.data_dir, "cache_dir": args.cache_dir}
+        self.checkpoint = load_checkpoint(path, which=args.which, device=self.device)
         own = args.attention if is_own_class(self.checkpoint["model_args"].get("attention")) else None
         self.model = rebuild_model(self.checkpoint, build_model, attention=own).to(self.device)
         blank = torch.zeros(1, *checkpoint_shape(self.checkpoint), device=self.device)
@@ -55,7 +50,7 @@ class ShownRun:
 
     @cached_property
     def dataset(self):
-        return checkpoint_dataset(self.checkpoint, data_dir=self.data_dir)  # only if one of its images is asked for
+        return checkpoint_dataset(self.checkpoint, **self.places)  # only if one of its images is asked for
 
 
 @lru_cache(maxsize=8)
@@ -72,7 +67,7 @@ def look(run, photo, number, method="rollout", layer=0, head=0):
     if head and not layer:
         raise UserError(f"head {head}: choose a layer, too; heads of different layers have no relation")
     explained = decoded_photograph(photo, run) if photo else chosen_images(run.dataset, indices=[number])[0]
-    inputs = normalised(explained.pixels[None], run.checkpoint, run.device)  # (1, 3, S, S)
+    inputs = normalised(explained.pixels[None], run.checkpoint, run.device)  # (1, C, H, W)
     method = "raw" if layer else method
     with ONE_AT_A_TIME:
         matrices, logits, recorder = attention_matrices(run.model, inputs, [method])
@@ -87,11 +82,7 @@ def look(run, photo, number, method="rollout", layer=0, head=0):
 
 def import_gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported, too
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError("demo.py needs gradio: pip install -r requirements-demo.txt") from error
-    return gradio
+    return import_optional("gradio", "-r requirements-demo.txt")
 
 
 def make_page(runs):

@@ -1,4 +1,4 @@
-"""What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars."""
+"""What a user sees: the one exception that stands for a mistake of theirs, tables, how a script ends, progress bars."""
 
 import importlib
 import os
@@ -13,12 +13,22 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def import_optional(name):
-    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+def aligned(rows):
+    """Lists of strings, the headings first, as lines with aligned columns: numbers right, the rest left."""
+    columns = []
+    for cells in zip(*rows, strict=True):
+        width = max(map(len, cells))
+        numbers = all(cell[:1] in "0123456789+-" for cell in cells[1:])
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def import_optional(name, install=None):
+    """A module of a package that few need. Raises UserError, with what pip installs for it, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
+        package = install or name.partition(".")[0]
         raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
 
 

@@ -13,8 +13,7 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
-from errors import UserError, command_line, run_script
-from experiments.tables import aligned
+from errors import UserError, aligned, command_line, run_script
 from files import make_folder, write_atomically
 from maps.commands import checkpoint_parser, open_model
 from maps.draw import draw_evaluation, draw_sheet
@@ -22,6 +21,7 @@ from maps.images import checkpoint_dataset, normalised, pixels_of
 from maps.methods import attention_maps
 from maps.predictions import evaluation, image_files, predict_logits, split_of_folder
 from pipeline.folders import printable
+from training.checkpoint import checkpoint_file
 
 
 def predict_parser():
@@ -70,7 +70,7 @@ def predict_files(args, checkpoint, model):
 def evaluate_predictions(args, checkpoint, model):
     """Measure on the run's test images, or on a folder; prints, and writes a JSON and a page of figures to predict/."""
     load = cache(partial(checkpoint_dataset, checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir))
-    file = args.checkpoint / f"{args.which or 'last'}.pt" if args.checkpoint.is_dir() else args.checkpoint
+    file = checkpoint_file(args.checkpoint, args.which)
     name = "-".join([file.name.removesuffix(".pt"), *(root.resolve().name for root in args.images)])
     path = make_folder(file.parent / "predict") / f"{name}.json"
     split = split_of_folder(args.images[0], checkpoint) if args.images else load().test

@@ -138,7 +138,7 @@ def chosen_recipe(given):
     if dataset in ("folder", *IMAGENETTES) and model != "vit":
         from models.pretrained import pretrained_side
 
-        changes = {"image_size": pretrained_side(model)}  # the model's own: it would enlarge smaller images
+        changes = changes | {"image_size": pretrained_side(model)}  # the model's own: it would enlarge smaller images
     return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.scripts import script_module, script_parser
 from models import build_model
 from pipeline.batches import training_batches
-from training.arguments import complete_arguments, given_arguments
+from training.arguments import Start, complete_arguments, given_arguments
 from training.device import Precision, compiled_forward, keep_freed_memory
 from training.loop import new_sums, train_one_epoch
 from training.optimizer import make_optimizer, make_schedule
@@ -48,8 +48,8 @@ class Ours:
         given = given_arguments(parser, flags)
         recipe, defaults = module.chosen_recipe(given)
         self.args = args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
-        model_args = {name: getattr(args, name) for name in module.MODEL_FLAGS[args.model]}
-        self.model = build_model(args.model, num_classes=len(dataset.classes), **model_args).to(device)
+        self.start = Start(parser.prog, module.MODEL_FLAGS, args)
+        self.model = build_model(args.model, **self.start.model_args(len(dataset.classes))).to(device)
         self.device, self.steps, self.epochs = device, steps, itertools.count()
         self.forward = compiled_forward(self.model, args, device=device, num_images=len(dataset.train.labels))
         self.batches = training_batches(dataset, args, device)
@@ -85,7 +85,6 @@ class Ours:
 
     def gflop_per_image(self):
         """GFLOP of the matrix products in a forward and backward pass."""
-        size = self.args.image_size
         with FlopCounterMode(display=False) as counter:
-            self.model(torch.zeros(2, 3, size, size, device=self.device)).sum().backward()
+            self.model(torch.zeros(2, *self.start.input_shape(), device=self.device)).sum().backward()
         return counter.get_total_flops() / 2 / 1e9

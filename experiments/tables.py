@@ -3,21 +3,12 @@
 import statistics
 from typing import NamedTuple
 
+from errors import aligned
 from experiments.statistics import compare_accuracies, summarise, verdicts
 
 REPORTED = "published"  # what others report; columns that no row of a table fills are left out
 PRECISIONS = {"off": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16"}
 MINUTES = "minutes per run"  # on a GPU; a CPU's name alone does not tell how many cores there were
-
-
-def aligned(rows):
-    """Lists of strings, the headings first, as lines with aligned columns: numbers right, the rest left."""
-    columns = []
-    for cells in zip(*rows, strict=True):
-        width = max(map(len, cells))
-        numbers = all(cell[:1] in "0123456789+-" for cell in cells[1:])
-        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def markdown(rows):

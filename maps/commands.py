@@ -7,24 +7,24 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from errors import UserError, bar_disabled
+from errors import UserError, aligned, bar_disabled
 from files import make_folder, write_atomically
 from maps.draw import draw_deletion_curves
 from maps.evaluate import baselines, evaluate
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
 from models import build_model
-from training.checkpoint import load_checkpoint, rebuild_model
+from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
 from training.flags import Parser, at_least, number
 
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
-def checkpoint_parser(description):
-    """A parser with the flags of all commands that open a checkpoint."""
+def checkpoint_parser(description, name="checkpoint", *, help="a run's folder or a checkpoint file", **positional):
+    """A parser with the flags of all commands that open a checkpoint, whose first argument is `name`."""
     parser = Parser(description)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
+    add(name, type=Path, help=help, **positional)
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
     help_text = "the class of the run's attention again, if it is your own: its file is run"
     add("--attention", metavar="FILE.py:Class", help=help_text)
@@ -70,7 +70,7 @@ def open_model(args):
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
-    checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
+    checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
     return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
 
 
@@ -88,8 +88,7 @@ def open_for_maps(args):
 
 def output_folder(args):
     """--out, or maps/ beside the checkpoint. Raises UserError if it cannot be written."""
-    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    return make_folder(args.out or folder / "maps")
+    return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
 def weights_hash(model):
@@ -106,8 +105,7 @@ def scores_text(table):
     lines = [["", *measures]]
     for name, row in table.items():
         lines.append([name, *("{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 def read_table(path):
@@ -145,7 +143,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
         raise
-    file = args.checkpoint / (args.which or "last") if args.checkpoint.is_dir() else args.checkpoint
+    file = checkpoint_file(args.checkpoint, args.which)
     record = {
         "checkpoint": f"{file.resolve().parent.name} {file.stem}",
         "weights_hash": weights_hash(model),

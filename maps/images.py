@@ -26,10 +26,9 @@ class Explained(NamedTuple):
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
-    newer = {"channels": 3, "overfit": None}  # than some checkpoints
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
     places = {name: path for name, path in places.items() if path}
-    return dataset_of(SimpleNamespace(**newer | checkpoint["args"] | places))
+    return dataset_of(SimpleNamespace(**checkpoint["args"] | places))
 
 
 def find_split(dataset, name):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from data import Split
-from errors import UserError, bar_disabled
+from errors import UserError, bar_disabled, import_optional
 from maps.images import normalised, pixels_of
 from pipeline.folders import list_images, printable, summary_of
 from pipeline.imagenette import READABLE
@@ -52,8 +52,10 @@ def split_of_folder(root, checkpoint):
 def predict_logits(model, checkpoint, images, title="predicting", *, flip=False):
     """Logits (N, classes) float32, on the CPU, of images (N, 3, S, S) uint8; flip: the mean with the mirror images'."""
     args, device, found = checkpoint["args"], next(model.parameters()).device, []
-    precision = Precision("off" if args["amp"] in ("off", "tf32") else "auto", device)
-    for pixels in tqdm(images.split(min(256, 4 * args["batch_size"])), title, disable=bar_disabled(), unit="batch"):
+    precision = Precision("off" if args.get("amp") in ("off", "tf32") else "auto", device)
+    for pixels in tqdm(
+        images.split(min(256, 4 * args.get("batch_size", 64))), title, disable=bar_disabled(), unit="batch"
+    ):
         inputs = normalised(pixels, checkpoint, device)  # (B, 3, S, S) float
         with precision.autocast():
             views = [model(view).float() for view in ((inputs, inputs.flip(3)) if flip else (inputs,))]
@@ -116,20 +118,17 @@ def evaluation(logits_of, split, val, classes, *, flip=False, corruptions=False)
 def robustness(images, labels, logits_of):
     """{name: accuracies for strengths 1 to 5} with the fifteen corruptions of Hendrycks & Dietterich 2019, and with
     none, on 1,000 of the images (N, 3, S, S) uint8 at most, evenly spread."""
-    try:
-        from imagecorruptions import corrupt, get_corruption_names
-    except ImportError as error:
-        raise UserError(f"--corruptions needs a library: pip install imagecorruptions-imaug ({error})") from error
+    library = import_optional("imagecorruptions", "imagecorruptions-imaug")
     if images.shape[1] != 3 or min(images.shape[2:]) < 32:
         shape = " x ".join(map(str, images.shape[1:]))
         raise UserError(f"--corruptions needs colour images of 32 pixels or more, and the model takes {shape}")
     some = torch.linspace(0, len(labels) - 1, min(1000, len(labels))).round().long()
     found = {"none": [accuracy_of(logits_of(images[some]), labels[some])["accuracy"]] * 5}
     arrays, state = images[some].permute(0, 2, 3, 1).contiguous().numpy(), np.random.get_state()
-    for name, strength in itertools.product(get_corruption_names(), range(1, 6)):
+    for name, strength in itertools.product(library.get_corruption_names(), range(1, 6)):
         np.random.seed(0)  # two corruptions take seeds, the others draw from numpy's generator
         seeds = [{"seed": i} if name in ("impulse_noise", "glass_blur") else {} for i in range(len(some))]
-        pixels = [corrupt(image, strength, name, **seed) for image, seed in zip(arrays, seeds, strict=True)]
+        pixels = [library.corrupt(image, strength, name, **seed) for image, seed in zip(arrays, seeds, strict=True)]
         logits = logits_of(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), f"{name} {strength}")
         found.setdefault(name, []).append(accuracy_of(logits, labels[some])["accuracy"])
     np.random.set_state(state)

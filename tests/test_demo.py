@@ -70,6 +70,13 @@ def test_a_map_is_the_one_that_rollout_draws(folders, tmp_path):
     assert [list(maps) for maps in drawn[4:]] == [["layer 2, head 1"], ["layer 1"]]
 
 
+def test_decoded_folders_are_kept_where_cache_dir_says(folders, tmp_path):
+    argv = [str(folders / "two"), "--cache-dir", str(tmp_path / "elsewhere"), "--which", "best_on_test"]
+    args = demo.demo_parser().parse_args(argv)
+    demo.look(demo.ShownRun(folders / "two", args), None, 0)
+    assert list((tmp_path / "elsewhere").rglob("*"))
+
+
 def test_the_figure_has_the_image_and_the_map(folders, tmp_path):
     (run,) = opened(folders / "two").values()
     _, figure = demo.look(run, str(tmp_path / "photo.jpg"), None)
@@ -94,7 +101,7 @@ def test_mistakes_are_user_errors(folders, folder_flags, tmp_path):
 
 def test_without_gradio_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match="needs gradio: pip install -r requirements-demo.txt"):
+    with pytest.raises(UserError, match="pip install -r requirements-demo.txt"):
         demo.main(["checkpoints/vit"])
 
 

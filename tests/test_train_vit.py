@@ -485,3 +485,11 @@ def test_a_checkpoint_from_before_a_flag_existed_resumes(folder_flags, tmp_path)
     del checkpoint["sums"]["step"]
     torch.save(checkpoint, path)
     assert train_vit.main(["--resume", str(path.parent)])["epochs"] == 2
+
+
+def test_a_short_strong_run_of_vit_b_16_is_light_on_a_folder_too(image_folder):
+    given = {"recipe": "strong", "epochs": 5, "model": "vit_b_16"}
+    for more, size in (({"dataset": "cifar10"}, 32), ({"dataset": "folder", "data_dir": str(image_folder)}, 224)):
+        _, defaults = train_vit.chosen_recipe(given | more)
+        assert defaults["image_size"] == size and defaults["aa"] == "none" and not defaults["mixup"]
+    assert "image_size" not in train_vit.LIGHT

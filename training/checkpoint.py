@@ -98,14 +98,17 @@ def position(epoch, step):
     return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
-def load_checkpoint(path, *, which="last", device="cpu"):
+def checkpoint_file(path, which=None):
+    """The file of a checkpoint: of a run's folder last.pt, or WHICH.pt; of a file, itself."""
+    return path / f"{which or 'last'}.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path, *, which=None, device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / f"{which}.pt"
+    path = checkpoint_file(Path(path), which)
     try:
         checkpoint = open_checkpoint(path, device)
     except UserError as error:
@@ -170,9 +173,7 @@ def check_same_images(checkpoint, run):
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
-    if not isinstance(
-        then, dict
-    ):  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
+    if not isinstance(then, dict):  # an older checkpoint: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
     names = {"train": "training", "val": "validation", "test": "test"}

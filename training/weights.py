@@ -27,9 +27,7 @@ def start_from_weights(path, load, checkpoint):
             found = import_optional("safetensors.torch").load_file(path)
     elif path.is_file() and path.name != "last.pt":
         found = read_archive(path, what_is_wrong)
-        if (
-            isinstance(found, dict) and "format_version" not in found
-        ):  # someone's checkpoint: weights among other things
+        if isinstance(found, dict) and "format_version" not in found:  # someone's: weights among other things
             found = next((part for part in found.values() if is_of_kind(part, STATE_DICT) and part), found)
     if not is_of_kind(found, STATE_DICT):
         checkpoint = load_checkpoint(path)

@@ -87,7 +87,7 @@ def test_corruptions_are_the_same_each_time_and_leave_numpy_alone():
         assert first.equal(second) and first.shape == images.shape and first.dtype == torch.uint8, title
         assert title == "none" or not first.equal(images), title
     assert np.array_equal(np.random.get_state()[1], state)
-    with pytest.raises(UserError, match="images of 32 pixels or more, and the model takes 16"):
+    with pytest.raises(UserError, match="images of 32 pixels or more, and the model takes 3 x 16 x 16"):
         robustness(images[..., :16, :16], labels, logits_of)
 
 
