@@ -21,7 +21,7 @@ from maps.draw import panel_figure
 from maps.images import caption_of, checkpoint_dataset, chosen_images, normalised, photographs
 from maps.methods import METHODS, attention_matrices, maps_of_layers, model_maps
 from models import build_model
-from training.checkpoint import checkpoint_shape, load_checkpoint, rebuild_model
+from training.checkpoint import image_shape, load_checkpoint, rebuild_model
 from training.device import pick_device
 from training.flags import is_own_class
 
@@ -41,7 +41,9 @@ class ShownRun:
         self.checkpoint = load_checkpoint(path, which=args.which, device=self.device)
         own = args.attention if is_own_class(self.checkpoint["model_args"].get("attention")) else None
         self.model = rebuild_model(self.checkpoint, build_model, attention=own).to(self.device)
-        blank = torch.zeros(1, *checkpoint_shape(self.checkpoint), device=self.device)
+        blank = torch.zeros(
+            1, *image_shape(len(self.checkpoint["mean"]), self.checkpoint["image_size"]), device=self.device
+        )
         try:
             recorder = attention_matrices(self.model, blank, ["raw"])[2]
         except UserError as error:

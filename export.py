@@ -18,7 +18,7 @@ from files import write_atomically
 from models import build_model
 from models.portable import PORTABLE
 from training.archives import read_from_outside
-from training.checkpoint import checkpoint_shape, load_checkpoint, rebuild_model
+from training.checkpoint import image_shape, load_checkpoint, rebuild_model
 from training.flags import Parser
 
 NOTES = ("model", "model_args", "classes", "image_size", "mean", "std")  # of the checkpoint, as JSON in the file
@@ -53,7 +53,7 @@ def main(argv=None):
     args = export_parser().parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)
     model = rebuild_model(checkpoint, build_model, attention=args.attention)
-    shape = checkpoint_shape(checkpoint)
+    shape = image_shape(len(checkpoint["mean"]), checkpoint["image_size"])
     suffix, convert, runner = PORTABLE[args.format]
     images = torch.zeros(2, *shape)
     with read_from_outside(f"--format {args.format}: {checkpoint['model']} cannot be exported"):

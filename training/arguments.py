@@ -5,7 +5,7 @@ import time
 from typing import NamedTuple
 
 from errors import UserError
-from training.checkpoint import load_checkpoint
+from training.checkpoint import image_shape, load_checkpoint
 from training.flags import flag_kind, is_own_class
 from training.run import choose_folder, finished_result
 
@@ -26,8 +26,6 @@ EFFECT_CONDITIONS = {
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
     "attn_drop": (lambda args: args.attention not in ("identity", "depthwise"), "an --attention with weights"),
 }
-
-
 # what --overfit leaves out, unless it is given: what makes it harder to learn images by heart
 WITH_OVERFIT = {
     **dict.fromkeys(("hflip", "rotate", "crop_padding", "reprob", "cutout", "mixup", "cutmix", "smoothing"), 0),
@@ -60,8 +58,7 @@ class Start(NamedTuple):
 
     def input_shape(self):
         """(C, H, W) of an image."""
-        size = self.args.image_size
-        return self.args.channels, *((size, size) if isinstance(size, int) else size)
+        return image_shape(self.args.channels, self.args.image_size)
 
 
 def start_run(parser, argv, *, chosen_recipe, model_flags):

@@ -15,15 +15,16 @@ from training.outputs import COLUMNS
 FORMAT_VERSION = 1
 
 
-def sides_in_range(size):
-    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+def image_shape(channels, size):
+    """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
+    return channels, *((size, size) if isinstance(size, int) else size)
 
 
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
     "classes": (list[str], len),
-    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
@@ -140,12 +141,6 @@ def folder_to_resume(path, out_dir):
 def evaluated_weights(checkpoint):
     """The weights that a checkpoint's accuracies belong to: the averaged ones if there are any."""
     return checkpoint["ema"] or checkpoint["weights"]
-
-
-def checkpoint_shape(checkpoint):
-    """(C, H, W) of an image that the model of a checkpoint takes."""
-    size = checkpoint["image_size"]
-    return len(checkpoint["mean"]), *((size, size) if isinstance(size, int) else size)
 
 
 def rebuild_model(checkpoint, build_model, *, attention=None):
