@@ -68,7 +68,7 @@ def main(argv=None):
     in_folder = args.checkpoint / "model" if args.checkpoint.is_dir() else args.checkpoint
     path = args.out or in_folder.with_suffix(f".{suffix}")
     write_atomically(path, lambda file: file.write(data))
-    print(f"{path}, {len(data) / 1e6:.1f} MB, {checked}")
+    print(f"{path}, {len(data) / 1e3:,.0f} kB, {checked}")
     return path
 
 

@@ -73,7 +73,7 @@ def evaluate_predictions(args, checkpoint, model):
     file = checkpoint_file(args.checkpoint, args.which)
     name = "-".join([file.name.removesuffix(".pt"), *(root.resolve().name for root in args.images)])
     path = make_folder(file.parent / "predict") / f"{name}.json"
-    split = split_of_folder(args.images[0], checkpoint) if args.images else load().test
+    split, left_out = split_of_folder(args.images[0], checkpoint) if args.images else (load().test, {})
     if not args.images and (checkpoint.get("data_hashes") or {}).get("test") not in (None, split.hash()):
         print("warning: the test images are not those that were left out of training: an image has changed")
     val, reason = None, "the run has no validation images"
@@ -92,7 +92,8 @@ def evaluate_predictions(args, checkpoint, model):
     print(aligned(table), f"top-5 accuracy {found['top5']:.2%}", sep="\n")
     for how, (error, _) in found["calibrations"].items():
         print(f"expected calibration error {error:.4f}, {how}")
-    write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
+    about = {"checkpoint": str(file), "images": str(args.images[0]) if args.images else "test", "left_out": left_out}
+    write_atomically(path, lambda out: out.write(json.dumps(about | found, indent=1).encode()))
     title = f"{checkpoint['model']} after {checkpoint['epoch']} epochs: accuracy {table[1][1]} on {table[1][3]} images"
     draw_evaluation(path.with_suffix(".png"), title, found, split.images[wrong])
     return [path, path.with_suffix(".png")]

@@ -55,7 +55,7 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm.auto import tqdm
 
 
-# ---- errors.py: What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars.
+# ---- errors.py: What a user sees: the one exception that stands for a mistake of theirs, tables, how a script ends, progress bars.
 
 class UserError(ValueError):
     """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
@@ -65,12 +65,22 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def import_optional(name):
-    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+def aligned(rows):
+    """Lists of strings, the headings first, as lines with aligned columns: numbers right, the rest left."""
+    columns = []
+    for cells in zip(*rows, strict=True):
+        width = max(map(len, cells))
+        numbers = all(cell[:1] in "0123456789+-" for cell in cells[1:])
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def import_optional(name, install=None):
+    """A module of a package that few need. Raises UserError, with what pip installs for it, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
+        package = install or name.partition(".")[0]
         raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
 
 
@@ -444,12 +454,15 @@ class EnlargingViT(nn.Module):
     Images are enlarged inside the model, so that a dataset of small images stays small in memory.
     """
 
+    def __init__(self, in_channels):
+        super().__init__()
+        if in_channels != 3:
+            raise UserError(f"--channels {in_channels}: pretrained models take images of 3 channels")
+
     def forward(self, images):
         if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(
-                images, (self.side, self.side), mode="bilinear", antialias=True
-            )  # (B, 3, side, side)
-        return self.vit(images)  # (B, num_classes)
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.vit(images)  # of (B, 3, side, side): (B, num_classes)
 
 
 class PretrainedViT(EnlargingViT):
@@ -459,9 +472,7 @@ class PretrainedViT(EnlargingViT):
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
 
     def __init__(self, *, in_channels=3, num_classes=10, drop=0.0):
-        super().__init__()
-        if in_channels != 3:
-            raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
+        super().__init__(in_channels)
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
     def pretrained(self):
@@ -472,8 +483,8 @@ class PretrainedViT(EnlargingViT):
 class TimmViT(EnlargingViT):
     """timm's model `name`, if it cuts images into patches. Raises UserError without timm and for other names."""
 
-    def __init__(self, *, name, num_classes=10, drop_path=0.0):
-        super().__init__()
+    def __init__(self, *, name, in_channels=3, num_classes=10, drop_path=0.0):
+        super().__init__(in_channels)
         self.name, self.config = f"timm:{name}", timm_config(name)
         self.vit = import_optional("timm").create_model(name, num_classes=num_classes, drop_path_rate=drop_path or None)
         if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
@@ -2392,15 +2403,16 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
-def sides_in_range(size):
-    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+def image_shape(channels, size):
+    """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
+    return channels, *((size, size) if isinstance(size, int) else size)
 
 
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
     "classes": (list[str], len),
-    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
@@ -2442,14 +2454,17 @@ def position(epoch, step):
     return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
-def load_checkpoint(path, *, which="last", device="cpu"):
+def checkpoint_file(path, which=None):
+    """The file of a checkpoint: of a run's folder last.pt, or WHICH.pt; of a file, itself."""
+    return path / f"{which or 'last'}.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path, *, which=None, device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / f"{which}.pt"
+    path = checkpoint_file(Path(path), which)
     try:
         checkpoint = open_checkpoint(path, device)
     except UserError as error:
@@ -2798,10 +2813,9 @@ class Explained(NamedTuple):
 
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
-    newer = {"channels": 3, "overfit": None}  # than some checkpoints
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
     places = {name: path for name, path in places.items() if path}
-    return dataset_of(SimpleNamespace(**newer | checkpoint["args"] | places))
+    return dataset_of(SimpleNamespace(**checkpoint["args"] | places))
 
 
 def find_split(dataset, name):
@@ -2914,11 +2928,11 @@ def caption_of(explained, probabilities, classes):
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
-def checkpoint_parser(description):
-    """A parser with the flags of all commands that open a checkpoint."""
+def checkpoint_parser(description, name="checkpoint", *, help="a run's folder or a checkpoint file", **positional):
+    """A parser with the flags of all commands that open a checkpoint, whose first argument is `name`."""
     parser = Parser(description)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run's folder or a checkpoint file")
+    add(name, type=Path, help=help, **positional)
     add("--which", help="a checkpoint of the folder: last, best, best_on_test, epoch-10 (default: last)")
     help_text = "the class of the run's attention again, if it is your own: its file is run"
     add("--attention", metavar="FILE.py:Class", help=help_text)
@@ -2964,7 +2978,7 @@ def open_model(args):
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
-    checkpoint = load_checkpoint(args.checkpoint, which=args.which or "last", device=device)
+    checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
     return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
 
 
@@ -2982,8 +2996,7 @@ def open_for_maps(args):
 
 def output_folder(args):
     """--out, or maps/ beside the checkpoint. Raises UserError if it cannot be written."""
-    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    return make_folder(args.out or folder / "maps")
+    return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
 def weights_hash(model):
@@ -3000,8 +3013,7 @@ def scores_text(table):
     lines = [["", *measures]]
     for name, row in table.items():
         lines.append([name, *("{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 def read_table(path):
@@ -3039,7 +3051,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
         raise
-    file = args.checkpoint / (args.which or "last") if args.checkpoint.is_dir() else args.checkpoint
+    file = checkpoint_file(args.checkpoint, args.which)
     record = {
         "checkpoint": f"{file.resolve().parent.name} {file.stem}",
         "weights_hash": weights_hash(model),

@@ -69,7 +69,7 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm.auto import tqdm
 
 
-# ---- errors.py: What a user sees: the one exception that stands for a mistake of theirs, how a script ends, progress bars.
+# ---- errors.py: What a user sees: the one exception that stands for a mistake of theirs, tables, how a script ends, progress bars.
 
 class UserError(ValueError):
     """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
@@ -79,12 +79,12 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def import_optional(name):
-    """A module of a package that few need. Raises UserError, with the line that installs it, if it is missing."""
+def import_optional(name, install=None):
+    """A module of a package that few need. Raises UserError, with what pip installs for it, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
+        package = install or name.partition(".")[0]
         raise UserError(f"this needs a package that is not installed: pip install {package} ({error})") from error
 
 
@@ -465,12 +465,15 @@ class EnlargingViT(nn.Module):
     Images are enlarged inside the model, so that a dataset of small images stays small in memory.
     """
 
+    def __init__(self, in_channels):
+        super().__init__()
+        if in_channels != 3:
+            raise UserError(f"--channels {in_channels}: pretrained models take images of 3 channels")
+
     def forward(self, images):
         if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(
-                images, (self.side, self.side), mode="bilinear", antialias=True
-            )  # (B, 3, side, side)
-        return self.vit(images)  # (B, num_classes)
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.vit(images)  # of (B, 3, side, side): (B, num_classes)
 
 
 class PretrainedViT(EnlargingViT):
@@ -480,9 +483,7 @@ class PretrainedViT(EnlargingViT):
     no_weight_decay = ("vit.class_token", "vit.encoder.pos_embedding")
 
     def __init__(self, *, in_channels=3, num_classes=10, drop=0.0):
-        super().__init__()
-        if in_channels != 3:
-            raise UserError(f"--channels {in_channels}: vit_b_16 takes images of 3 channels")
+        super().__init__(in_channels)
         self.vit = torchvision.models.vit_b_16(num_classes=num_classes, dropout=drop)
 
     def pretrained(self):
@@ -493,8 +494,8 @@ class PretrainedViT(EnlargingViT):
 class TimmViT(EnlargingViT):
     """timm's model `name`, if it cuts images into patches. Raises UserError without timm and for other names."""
 
-    def __init__(self, *, name, num_classes=10, drop_path=0.0):
-        super().__init__()
+    def __init__(self, *, name, in_channels=3, num_classes=10, drop_path=0.0):
+        super().__init__(in_channels)
         self.name, self.config = f"timm:{name}", timm_config(name)
         self.vit = import_optional("timm").create_model(name, num_classes=num_classes, drop_path_rate=drop_path or None)
         if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
@@ -3018,17 +3019,13 @@ def epoch_line(row, epochs):
     return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
 
 
-def print_accuracies(result):
-    """The accuracies of a finished run, or with --overfit how many images it learnt."""
-    if count := result["args"].get("overfit"):
-        learnt = round(count * result["test_accuracy"])
-        advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
-        return print(f"{learnt} of {count} images learnt by heart{advice}")
-    print(f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
-    if result["test_accuracy_at_best_val"] is not None:
-        print(f"test accuracy {result['test_accuracy_at_best_val']:.2%} at the best validation accuracy")
-    if result["best_on_test"] is not None:
-        print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+def accuracy_text(result):
+    """The accuracy of a finished run, or with --overfit how many images it learnt."""
+    if not (count := result["args"].get("overfit")):
+        return f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}"
+    learnt = round(count * result["test_accuracy"])
+    advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
+    return f"{learnt} of {count} images learnt by heart{advice}"
 
 
 def write_log(path, history):
@@ -3199,15 +3196,16 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
-def sides_in_range(size):
-    return all(1 <= side <= 10_000 for side in (size if isinstance(size, list) else [size]))
+def image_shape(channels, size):
+    """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
+    return channels, *((size, size) if isinstance(size, int) else size)
 
 
 FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensible value)}
     "format_version": (int, lambda version: version == FORMAT_VERSION),
     "model": (str,),
     "classes": (list[str], len),
-    "image_size": (int | list[int], lambda size: isinstance(size, int) or len(size) == 2, sides_in_range),
+    "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
     "weights": (dict[str, torch.Tensor], len),
@@ -3282,14 +3280,17 @@ def position(epoch, step):
     return f"in epoch {epoch + 1} after step {step}" if step else f"after epoch {epoch}"
 
 
-def load_checkpoint(path, *, which="last", device="cpu"):
+def checkpoint_file(path, which=None):
+    """The file of a checkpoint: of a run's folder last.pt, or WHICH.pt; of a file, itself."""
+    return path / f"{which or 'last'}.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path, *, which=None, device="cpu"):
     """The checkpoint in a run's folder (last.pt, or WHICH.pt) or in a file; prints its file, epoch and accuracy.
 
     If last.pt is missing or damaged, last.prev.pt is opened in its place, with a warning on stderr that names both.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / f"{which}.pt"
+    path = checkpoint_file(Path(path), which)
     try:
         checkpoint = open_checkpoint(path, device)
     except UserError as error:
@@ -3329,9 +3330,7 @@ def check_same_images(checkpoint, run):
     if checkpoint["classes"] != list(dataset.classes):
         there, here = ", ".join(checkpoint["classes"]), ", ".join(dataset.classes)
         raise UserError(f"the run to resume has the classes {there}, the images {here}")
-    if not isinstance(
-        then, dict
-    ):  # the checkpoint is older than data_hashes: all it knows of the images is their statistics
+    if not isinstance(then, dict):  # an older checkpoint: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
     names = {"train": "training", "val": "validation", "test": "test"}
@@ -3469,9 +3468,11 @@ def validate(*, model, batches, precision):
 
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
-MAPS = ("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json")  # of the weights that are replaced
-EXPORTS = ("model.onnx", "model.pt2", "model.safetensors")
-WRITTEN = (*CHECKPOINTS, *MAPS, *EXPORTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
+    *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
+    *("model.onnx", "model.pt2", "model.safetensors"),
+)
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
@@ -3514,8 +3515,9 @@ def prepare_folder(folder, *, resuming):
     for pattern in WRITTEN if not resuming else ():
         for path in folder.glob(pattern):
             path.unlink()
-    if not resuming and (folder / "maps").is_dir() and not any((folder / "maps").iterdir()):
-        (folder / "maps").rmdir()
+    for below in (folder / "maps", folder / "predict") if not resuming else ():
+        if below.is_dir() and not any(below.iterdir()):
+            below.rmdir()
 
 
 def finished_result(folder):
@@ -3525,7 +3527,7 @@ def finished_result(folder):
         return None
     try:
         result = json.loads(path.read_text())
-        print(f"{folder} is finished: test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}")
+        print(f"{folder} is finished: {accuracy_text(result)}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result
@@ -3661,7 +3663,11 @@ class Run:
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
-        print_accuracies(result)
+        print(accuracy_text(result))
+        if at_best_val is not None:
+            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
+        if result["best_on_test"] is not None and not self.args.overfit:
+            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
         for path in sorted(folder.iterdir()):
             print(f"  {path}")
         drawn = self.args.attention not in WITHOUT_MAPS
@@ -3724,8 +3730,7 @@ class Start(NamedTuple):
 
     def input_shape(self):
         """(C, H, W) of an image."""
-        size = self.args.image_size
-        return self.args.channels, *((size, size) if isinstance(size, int) else size)
+        return image_shape(self.args.channels, self.args.image_size)
 
 
 def start_run(parser, argv, *, chosen_recipe, model_flags):
@@ -4000,9 +4005,7 @@ def start_from_weights(path, load, checkpoint):
             found = import_optional("safetensors.torch").load_file(path)
     elif path.is_file() and path.name != "last.pt":
         found = read_archive(path, what_is_wrong)
-        if (
-            isinstance(found, dict) and "format_version" not in found
-        ):  # someone's checkpoint: weights among other things
+        if isinstance(found, dict) and "format_version" not in found:  # someone's: weights among other things
             found = next((part for part in found.values() if is_of_kind(part, STATE_DICT) and part), found)
     if not is_of_kind(found, STATE_DICT):
         checkpoint = load_checkpoint(path)
@@ -4114,7 +4117,7 @@ def chosen_recipe(given):
     changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
     model = given.get("model", RECIPES[name]["model"])
     if dataset in ("folder", *IMAGENETTES) and model != "vit":
-        changes = {"image_size": pretrained_side(model)}  # the model's own: it would enlarge smaller images
+        changes = changes | {"image_size": pretrained_side(model)}  # the model's own: it would enlarge smaller images
     return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})
 
 

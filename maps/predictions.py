@@ -33,11 +33,12 @@ def image_files(path):
 
 
 def split_of_folder(root, checkpoint):
-    """The images in root's class folders as a Split; folders of classes that the model does not know are left out."""
+    """(the images in root's class folders as a Split, {class that the model does not know: images left out})."""
     classes, files = checkpoint["classes"], image_files(root)
     names = [(*file.relative_to(root).parts, "no folder")[0] for file in files]
     names = [name if name in classes else READABLE.get(name, name) for name in names]
-    unknown = ", ".join(f"{name} ({count})" for name, count in Counter(names).items() if name not in classes)
+    left_out = {name: count for name, count in Counter(names).items() if name not in classes}
+    unknown = ", ".join(f"{name} ({count})" for name, count in left_out.items())
     known = [(file, classes.index(name)) for file, name in zip(files, names, strict=True) if name in classes]
     if not known:
         raise UserError(f"{root} has no folder of a class that the model knows ({', '.join(classes)}), but {unknown}")
@@ -45,7 +46,7 @@ def split_of_folder(root, checkpoint):
         print(f"left out, unknown to the model (images): {unknown}")
     files, labels = zip(*known, strict=True)
     names = np.array([printable(file.relative_to(root)) for file in files])
-    return Split(pixels_of(files, checkpoint), torch.tensor(labels), names)
+    return Split(pixels_of(files, checkpoint), torch.tensor(labels), names), left_out
 
 
 @torch.inference_mode()
