@@ -1,9 +1,9 @@
 """Predict the classes of photographs, or measure how good a model's predictions are.
 
-python predict.py checkpoints/vit photo.jpg photos/
-python predict.py checkpoints/vit photos/ --csv predictions.csv --sheet sheet.png
-python predict.py checkpoints/vit --evaluate
-python predict.py checkpoints/vit --evaluate elsewhere/ --tta flip
+    python predict.py checkpoints/vit photo.jpg photos/
+    python predict.py checkpoints/vit photos/ --csv predictions.csv --sheet sheet.png
+    python predict.py checkpoints/vit --evaluate
+    python predict.py checkpoints/vit --evaluate elsewhere/ --tta flip
 """
 
 import csv
@@ -89,7 +89,9 @@ def evaluate_predictions(args, checkpoint, model):
     table = [["", "accuracy", "95 % interval", "images"]]
     for key, row in found["accuracies"].items():
         table.append([key, f"{row['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*row["interval"]), f"{row['images']:,}"])
-    print(aligned(table), f"top-5 accuracy {found['top5']:.2%}", sep="\n")
+    print(aligned(table))
+    if len(checkpoint["classes"]) > 5:  # else it is always 100 %
+        print(f"top-5 accuracy {found['top5']:.2%}")
     for how, (error, _) in found["calibrations"].items():
         print(f"expected calibration error {error:.4f}, {how}")
     about = {"checkpoint": str(file), "images": str(args.images[0]) if args.images else "test", "left_out": left_out}
