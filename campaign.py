@@ -31,7 +31,8 @@ from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
 from experiments.tables import comparison_table
 from files import make_folder
-from training.flags import Parser, at_least, positive
+from training.flags import Parser
+from training.values import at_least, positive
 
 
 def campaign_parser():

@@ -23,7 +23,7 @@ from maps.methods import METHODS, attention_matrices, maps_of_layers, model_maps
 from models import build_model
 from training.checkpoint import image_shape, load_checkpoint, rebuild_model
 from training.device import pick_device
-from training.flags import is_own_class
+from training.values import is_own_class
 
 ONE_AT_A_TIME = Lock()  # the recorder replaces a function of torch's for the whole process
 

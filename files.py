@@ -7,12 +7,20 @@ from pathlib import Path
 from errors import UserError
 
 
+def is_first_rank():
+    """Whether this process writes files: of several that torchrun started for one run, only the first one does."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def write_atomically(path, write, *, previous=None):
     """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
 
-    An existing file at path is kept as `previous`, if that is given. Raises UserError if the file cannot be written; an
-    existing file at path then stays as it was, and the temporary file is removed, as it is after any exception.
+    Does nothing unless is_first_rank. An existing file at path is kept as `previous`, if that is given. Raises
+    UserError if the file cannot be written; an existing file at path then stays as it was, and the temporary file is
+    removed, as it is after any exception.
     """
+    if not is_first_rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -40,5 +48,5 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
     write_atomically(path / ".writable", lambda file: None)
-    (path / ".writable").unlink()
+    (path / ".writable").unlink(missing_ok=True)
     return path

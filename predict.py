@@ -1,9 +1,9 @@
 """Predict the classes of photographs, or measure how good a model's predictions are.
 
-    python predict.py checkpoints/vit photo.jpg photos/
-    python predict.py checkpoints/vit photos/ --csv predictions.csv --sheet sheet.png
-    python predict.py checkpoints/vit --evaluate
-    python predict.py checkpoints/vit --evaluate elsewhere/ --tta flip
+python predict.py checkpoints/vit photo.jpg photos/
+python predict.py checkpoints/vit photos/ --csv predictions.csv --sheet sheet.png
+python predict.py checkpoints/vit --evaluate
+python predict.py checkpoints/vit --evaluate elsewhere/ --tta flip
 """
 
 import csv

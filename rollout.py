@@ -36,7 +36,7 @@ from maps.methods import (
     rollout,
 )
 from maps.recorder import AttentionRecorder
-from training.flags import at_least, fraction
+from training.values import at_least, fraction
 
 __all__ = ["AttentionRecorder", "attention_maps", "gradient_rollout", "raw", "relevance", "report", "rollout"]
 

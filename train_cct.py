@@ -30,12 +30,14 @@ from pipeline.proposals import implied_dataset, proposals_of_images
 from seeding import seed_for
 from training.arguments import start_run
 from training.device import Precision, compiled_forward, memory_watched, pick_device
-from training.flags import fraction, make_parser, name_or_class
+from training.flags import make_parser
 from training.interrupt import StopRequests, Watch
-from training.loop import train_one_epoch, validate
-from training.optimizer import make_average, make_optimizer, make_schedule
+from training.loop import batches_per_step, train_one_epoch, validate
+from training.optimizer import make_optimizer, make_schedule
 from training.outputs import print_header, print_model, print_summary
+from training.ranks import first_rank_first
 from training.run import Run
+from training.values import fraction, name_or_class
 from training.weights import start_from_weights
 
 REPORT = {
@@ -121,7 +123,7 @@ def main(argv=None):
     args, checkpoint = start.args, start.checkpoint
     if args is None:  # nothing to train: --help, or the run is finished
         return start.result
-    precision = Precision(args.amp, pick_device(args.device))
+    precision = Precision(args.amp, pick_device(args.device), deterministic=args.deterministic)
     device = precision.device
     print_header(args, precision)
 
@@ -135,7 +137,7 @@ def main(argv=None):
         return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
-    dataset = dataset_of(args, statistics)
+    dataset = first_rank_first(dataset_of, args, statistics)
     print(describe(dataset))
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
@@ -144,9 +146,8 @@ def main(argv=None):
     # Optimiser
     forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
-    average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
-    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, average=average, precision=precision)
+    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, precision=precision)
     run.begin(checkpoint)
 
     # Epochs
@@ -164,13 +165,15 @@ def main(argv=None):
                     seed=args.seed,
                     epoch=epoch,
                     sums=run.sums,
+                    accumulate=batches_per_step(args.accumulate, epoch),
                     clip_grad=args.clip_grad,
-                    average=average,
+                    clip_value=args.clip_value,
+                    average=run.average,
                     after_step=watch,
                 )
             if stop.wanted():
                 return run.stop(stop)
-            evaluate = partial(validate, model=run.evaluated_model, precision=precision)
+            evaluate = partial(validate, model=run.model_to_evaluate(train), precision=precision)
             run.end_epoch({split: evaluate(batches=batches) for split, batches in watched.items()})
     return run.finish(test)
 

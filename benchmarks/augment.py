@@ -20,7 +20,7 @@ from errors import run_script
 from pipeline.augment import normalize, padded_crop, random_flip
 from pipeline.policies import auto_augment
 from training.device import pick_device
-from training.flags import at_least
+from training.values import at_least
 
 MEAN, STD, PADDING = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 4  # CIFAR-10's
 JOBS = {"crop, flip, normalise": False, "the same with AutoAugment": True}

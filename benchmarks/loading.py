@@ -26,7 +26,7 @@ from pipeline.batches import RATIO, Batches
 from pipeline.crops import crop_batches
 from pipeline.imagenette import IMAGENETTES
 from training.device import pick_device
-from training.flags import at_least
+from training.values import at_least
 
 SCALE = (0.35, 1.0)
 

@@ -28,7 +28,7 @@ from benchmarks.turns import (
 from data import Dataset, Split
 from errors import run_script
 from training.device import device_name, pick_device
-from training.flags import at_least
+from training.values import at_least
 
 AXES = {  # axis: (its flag, its values)
     "images": (None, (1000, 5000, 20000, 50000)),

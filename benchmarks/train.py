@@ -42,7 +42,7 @@ from benchmarks.turns import (
 from data import DATASETS, load_dataset
 from errors import run_script
 from training.device import Precision, pick_device
-from training.flags import at_least
+from training.values import at_least
 
 BATCHES = "our batches alone"  # a way that is timed but not shown
 

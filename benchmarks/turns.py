@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from files import write_atomically
 from training.device import device_name, peak_memory_bytes
-from training.flags import Parser, at_least, positive
+from training.flags import Parser
+from training.values import at_least, positive
 
 
 def speed_parser(description):

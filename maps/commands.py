@@ -15,7 +15,8 @@ from maps.images import checkpoint_dataset, chosen_images, find_split, images_at
 from models import build_model
 from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
-from training.flags import Parser, at_least, number
+from training.flags import Parser
+from training.values import at_least, number
 
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 

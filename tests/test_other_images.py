@@ -17,7 +17,7 @@ from maps.images import photographs
 from models import build_model
 from models.pretrained import resize_positions
 from training.checkpoint import load_checkpoint
-from training.flags import pixels
+from training.values import pixels
 
 SMALL = {
     train_vit: [*TINY, "--patch-size", "8"],

@@ -1,13 +1,17 @@
 """How the defaults, a recipe, the command line and a resumed run combine to the arguments of a run."""
 
 import argparse
+import math
 import time
 from typing import NamedTuple
 
 from errors import UserError
 from training.checkpoint import image_shape, load_checkpoint
-from training.flags import flag_kind, is_own_class
-from training.run import choose_folder, finished_result
+from training.flags import flag_kind
+from training.folder import choose_folder, finished_result
+from training.loop import batches_per_step
+from training.ranks import from_first_rank, join_ranks
+from training.values import is_own_class
 
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
@@ -18,6 +22,7 @@ EFFECT_CONDITIONS = {
     "momentum": (lambda args: args.opt == "sgd" and args.sched != "onecycle", "--opt sgd, without --sched onecycle"),
     **dict.fromkeys(("opt_betas", "opt_eps"), (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw")),
     "ratio": (lambda args: args.scale, "--scale"),
+    "swa_lr": (lambda args: args.swa_start, "--swa-start"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
     "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
     "channels": (lambda args: args.dataset == "folder" or args.channels == 3, "--dataset folder"),
@@ -29,7 +34,8 @@ EFFECT_CONDITIONS = {
 # what --overfit leaves out, unless it is given: what makes it harder to learn images by heart
 WITH_OVERFIT = {
     **dict.fromkeys(("hflip", "rotate", "crop_padding", "reprob", "cutout", "mixup", "cutmix", "smoothing"), 0),
-    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "val_fraction"), 0),
+    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "swa_start"), 0),
+    "val_fraction": 0,
     **{"aa": "none", "scale": None},
 }
 
@@ -78,8 +84,9 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     model = given.get("model", defaults["model"])
     if model.partition(":")[0] not in model_flags:
         raise UserError(f"--model {model}: choose from {', '.join(model_flags)}")
-    default_name = model.replace(":", "-")
-    folder, resuming = choose_folder(given, default_name=default_name, default_dir=parser.get_default("out_dir"))
+    names = {"default_name": model.replace(":", "-"), "default_dir": parser.get_default("out_dir")}
+    join_ranks()
+    folder, resuming = from_first_rank(choose_folder, given, **names)
     if not resuming:
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
         check_effects(given, args)
@@ -114,7 +121,28 @@ def complete_arguments(parser, given, recipe):
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
     args.data_dir = args.data_dir or "datasets"
+    if args.lr_scale == "auto":
+        args.lr = scaled_rate(args, given, recipe)
     return args
+
+
+def scaled_rate(args, given, recipe):
+    """The recipe's learning rate for the batch size that the flags ask for. Raises UserError if they contradict it.
+
+    Proportional to the batch for sgd (Goyal et al. 2017), to its square root for the others (Krizhevsky 2014).
+    """
+    if "lr" in given:
+        raise UserError("--lr-scale auto and --lr exclude each other: the one computes what the other gives")
+    if len(args.accumulate) > 1:
+        raise UserError(
+            f"--lr-scale auto and --accumulate {' '.join(args.accumulate)} exclude each other: one batch size"
+        )
+    batch = args.batch_size * batches_per_step(args.accumulate, 0)
+    ratio = batch / recipe["batch_size"]
+    how, factor = ("", ratio) if args.opt == "sgd" else ("the square root of ", math.sqrt(ratio))
+    rate = recipe["lr"] * factor
+    print(f"lr {rate:.3g}: the recipe's {recipe['lr']:g} times {how}{batch}/{recipe['batch_size']}")
+    return rate
 
 
 def as_flag(name):

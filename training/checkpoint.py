@@ -50,6 +50,11 @@ def is_of_kind(value, kind):
 
 def make_checkpoint(run):
     """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types."""
+    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+    if run.args.fsdp:
+        from training.sharding import gathered  # only if it is asked for
+
+        weights, optimizer = gathered(weights), gathered(optimizer)
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -59,9 +64,9 @@ def make_checkpoint(run):
         "mean": run.dataset.mean,
         "std": run.dataset.std,
         "data_hashes": run.data_hashes,
-        "weights": run.model.state_dict(),
-        "ema": run.average.module.state_dict() if run.average else None,
-        "optimizer": run.optimizer.state_dict(),
+        "weights": weights,
+        "ema": run.average.model.state_dict() if run.average and run.average.model else None,
+        "optimizer": optimizer,
         # without the milestones: they follow from the arguments, and are no plain type
         "schedule": {name: value for name, value in run.schedule.state_dict().items() if name != "milestones"},
         "scaler": run.precision.scaler.state_dict(),
@@ -179,11 +184,15 @@ def check_same_images(checkpoint, run):
 def restore_training(checkpoint, run):
     """Restore a run's weights, optimiser, schedule, scaler and position from a checkpoint."""
     with read_from_outside(f"--resume {run.folder}: the checkpoint does not fit the run"):
-        run.model.load_state_dict(checkpoint["weights"])
-        if run.average:
-            run.average.module.load_state_dict(checkpoint["ema"])
-            run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # only whether it is 0 matters
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        weights, optimizer = checkpoint["weights"], checkpoint["optimizer"]
+        if run.args.fsdp:
+            from training.sharding import sharded_state, sharded_weights  # only if it is asked for
+
+            weights, optimizer = sharded_weights(weights, run.model), sharded_state(optimizer, run.optimizer)
+        run.model.load_state_dict(weights)
+        if checkpoint["ema"]:
+            run.average.load(checkpoint["ema"], epoch=checkpoint["epoch"], step=checkpoint["step"])
+        run.optimizer.load_state_dict(optimizer)
         run.schedule.load_state_dict(checkpoint["schedule"])
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])

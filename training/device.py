@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import platform
 import re
 import sys
@@ -12,16 +13,23 @@ from pathlib import Path
 import torch
 
 from errors import UserError, is_memory_error
+from training.ranks import rank_and_ranks, shared_forward
 
 
 def pick_device(name=None):
-    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
+    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none.
+
+    Under torchrun, each process on a machine takes a GPU of its own.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         reason = "this machine, or this build of torch, has none"
         raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
@@ -97,16 +105,20 @@ class Precision:
 
     amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16", "tf32" (float32 weights and
     activations, multiplied in TF32) or "off" (float32). What remains in float32 under bf16 and fp16 is multiplied in
-    TF32 as well. Raises UserError for bf16 and tf32 on a device without it.
+    TF32 as well. deterministic: the same bits each time, on a GPU as on a CPU. Raises UserError for bf16 and tf32 on a
+    device without it.
     """
 
-    def __init__(self, amp, device):
+    def __init__(self, amp, device, *, deterministic=False):
         if amp == "auto":
             amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
         elif amp == "bf16" and not has_bfloat16(device):
             raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; use --amp auto")
         elif amp == "tf32" and not has_tf32(device):
             raise UserError(f"--amp tf32: {device_name(device)} has no TF32; use --amp auto")
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+            torch.use_deterministic_algorithms(True)
         self.amp, self.device = amp, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
         if device.type == "cuda":  # after the newer fp32_precision these could not be read
@@ -149,13 +161,14 @@ LONG = 1_000_000  # --compile auto compiles for a GPU from this many training im
 
 
 def compiled_forward(model, args, *, device, num_images):
-    """What to call in training: the model, or the compiled model on the same weights, as --compile says.
+    """What to call in training: the model, compiled as --compile says and shared by ranks, on the same weights.
 
     auto compiles on CUDA alone, with CUDA graphs, and only for long runs (num_images is per epoch): compiling takes a
     minute or more. On two Zen 5 cores it took four minutes for a ResNet18, whose steps then took an eighth longer. A
     batch of another size than --batch-size, the last of an epoch, goes through the model itself. If nothing can be
     compiled, one line says so.
     """
+    model = shared_forward(model, args, device)
     long_run = device.type == "cuda" and args.epochs * num_images >= LONG
     if args.compile == "off" or (args.compile == "auto" and not long_run):
         return model
@@ -165,6 +178,8 @@ def compiled_forward(model, args, *, device, num_images):
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         print(f"warning: --compile {args.compile}: {reason}; training without it", file=sys.stderr)
         return model
+    if rank_and_ranks()[1] > 1:  # without CUDA graphs, since gradients are averaged in the backward pass
+        return torch.compile(model)
     compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def forward(images):
@@ -184,6 +199,8 @@ def memory_watched(run):
         if "more than 1 value per channel" in str(error):
             said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
             raise UserError(f"--batch-size {run.args.batch_size}: {said}") from error
+        if "does not have a deterministic implementation" in str(error):
+            raise UserError(f"--deterministic: {str(error).splitlines()[0]}") from error
         raise
 
 

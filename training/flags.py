@@ -2,10 +2,10 @@
 
 import argparse
 import difflib
-import math
 import re
 
 from errors import UserError, command_line
+from training.values import at_least, epoch_and_count, fraction, number, pixels, positive, probability
 
 # what --help shows; --help-all shows every flag
 ESSENTIAL = {
@@ -21,7 +21,7 @@ FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
     # not kept when a run is resumed; left out of results
-    **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
+    **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
 }
@@ -85,56 +85,6 @@ class TrainingParser(Parser):
         for action in left_out:
             action.help = argparse.SUPPRESS
         return self.format_help() + (f"\n{len(left_out)} more flags: --help-all\n" if left_out else "")
-
-
-def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
-    """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
-    bounds = {"at least": low, "above": above, "at most": high, "below": below}
-    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-
-    def convert(text):
-        if optional and text == "none":
-            return None
-        value = kind(text)
-        if not (low <= value <= high and above < value < below):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names the type by it
-    return convert
-
-
-def pixels(text):
-    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
-    return sides if len(set(sides)) == 2 else sides[0]
-
-
-def at_least(low, kind=int):
-    return number(kind, low=low)
-
-
-positive = number(above=0)
-fraction = number(low=0, below=1)
-probability = number(low=0, high=1)
-
-
-def is_own_class(value):
-    """Whether --attention names a class of the user's own, as FILE.py:Class."""
-    return isinstance(value, str) and ".py:" in value
-
-
-def name_or_class(names):
-    """A flag's type: one of the names, or FILE.py:Class, which is not loaded here."""
-
-    def convert(text):
-        if text in names or is_own_class(text):
-            return text
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or FILE.py:Class)")
-
-    return convert
 
 
 def make_parser(script, description, *, recipes, datasets, policies):
@@ -216,6 +166,10 @@ def add_optimizer_flags(group):
     add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
     add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
+    help_text = "batches per update of the weights: K, or by epoch from 0, as 0:8 10:4; saves memory"
+    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["0:1"], help=help_text)
+    help_text = "auto scales the recipe's --lr to the batch: linearly for sgd, by the square root for the others"
+    add("--lr-scale", choices=("none", "auto"), default="none", help=help_text)
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
     add("--drop-last", action=argparse.BooleanOptionalAction, default=False, help=help_text)
 
@@ -231,8 +185,13 @@ def add_schedule_flags(group):
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
+    help_text = "after this share of the epochs, evaluate the mean of the weights after each epoch (SWA)"
+    add("--swa-start", type=fraction, metavar="F", default=0.0, help=help_text)
+    help_text = "constant learning rate from --swa-start on (default: the schedule's at that time)"
+    add("--swa-lr", type=positive, metavar="LR", help=help_text)
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
+    add("--clip-value", type=positive, metavar="V", help="limit each element of the gradient")
     add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 
@@ -246,4 +205,7 @@ def add_run_flags(group):
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
     help_text = "keep the checkpoints after these epochs"
     add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower")
+    add("--fsdp", action="store_true", help="with torchrun: divide weights and optimiser among GPUs (FSDP2)")
+    add("--sync-bn", action="store_true", help="with torchrun: BatchNorm sees the whole batch")
     add("--profile", action="store_true", help="also write where the time of ten steps goes")

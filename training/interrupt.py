@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
 from errors import UserError, bar_disabled
+from files import is_first_rank
 from training.loop import loss_and_accuracy
+from training.ranks import any_rank, rank_and_ranks
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,10 +59,16 @@ class StopRequests:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def wanted(self):
+    def asked(self):
+        """Whether this process was asked to stop."""
         return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
 
+    def wanted(self):
+        """Whether any rank was asked to stop; all of them have to call this together."""
+        return any_rank(self.asked())[0]
 
+
+AGREEMENT = 8  # steps after which several ranks agree on whether to stop or save: they wait for each other
 WAIT, MEASURED = 5, 10  # steps
 
 
@@ -112,15 +120,16 @@ class Watch:
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
-        profiled = run.args.profile and run.epoch == run.first_epoch
+        profiled = run.args.profile and run.epoch == run.first_epoch and is_first_rank()
         self.profiler = StepProfiler(run.folder, run.device) if profiled else None
         self.last_step = self.last_refresh = time.monotonic()
+        self.steps = 0
         self.bar = tqdm(
             total=steps_per_epoch,
             initial=run.sums["step"],
             desc=f"epoch {run.epoch + 1}/{run.args.epochs}",
             leave=False,
-            disable=bar_disabled(),
+            disable=bar_disabled() if is_first_rank() else True,
         )
 
     def __enter__(self):
@@ -144,11 +153,16 @@ class Watch:
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
-        if now - self.run.last_writing > 60 * self.run.args.save_minutes:
+        self.steps += 1
+        if self.steps % (AGREEMENT if rank_and_ranks()[1] > 1 else 1):
+            return False
+        late = now - self.run.last_writing > 60 * self.run.args.save_minutes
+        save, stop = any_rank(late, self.stop.asked())
+        if save:
             self.refresh(sums)
             self.run.write()
             self.last_step = time.monotonic()  # writing is no part of a step
-        return self.stop.wanted()
+        return stop
 
     def refresh(self, sums):
         """Wait for the device; update the bar, or raise if the loss was not finite."""

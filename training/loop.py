@@ -2,9 +2,18 @@
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from seeding import seed_for
+from training.ranks import (
+    own_rows,
+    rank_words,
+    rows_of_all_ranks,
+    same_buffers,
+    shared_steps,
+    synchronise_last,
+)
+from training.values import as_epoch_and_count
 
 
 def new_sums(device):
@@ -42,42 +51,52 @@ def train_one_epoch(
     seed,
     epoch,
     sums,
+    accumulate=1,
     clip_grad=None,
+    clip_value=None,
     average=None,
     after_step,
 ):
     """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
-    forward(images) gives the logits, in place of the model itself, if it is compiled (see compiled_forward).
-    loss_function(logits, labels) gives the mean over the batch. average is torch's AveragedModel; it follows each
-    update of the weights. after_step(sums) is called after each step, and ends the epoch early by returning True.
-    Nothing here waits for the device, except an average and, in float16, Muon.
+    forward(images) gives the logits, in place of the model itself, if it is compiled or shared (see compiled_forward).
+    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, from the gradient
+    of `accumulate` batches. clip_grad limits the gradient's norm, clip_value each of its elements. average is a
+    WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the epoch early by
+    returning True. Nothing here waits for the device, except an average and, in float16, Muon.
     """
     model.train()
     forward = forward or model
     scaler = precision.scaler
-    for images, labels in batches.batches(epoch, sums["step"]):  # (B, 3, H, W); (B,), or (B, classes) if mixed
-        torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"]))
-        with precision.autocast():
-            logits = forward(images)  # (B, classes)
-            loss = loss_function(logits, labels)  # ()
+    for parts in shared_steps(batches.batches(epoch, sums["step"]), accumulate):
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if clip_grad:
+        for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
+            torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
+            with precision.autocast():
+                logits = forward(images)  # (B, classes)
+                loss = loss_function(logits, labels)  # ()
+            scaler.scale(loss * weight).backward()
+            if weight:  # without: an image in place of none, see shared_steps
+                add_batch(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
+            sums["step"] += 1
+        if clip_grad or clip_value:
             scaler.unscale_(optimizer)
+        if clip_grad:
             clip_grad_norm_(model.parameters(), clip_grad)
+        if clip_value:
+            clip_grad_value_(model.parameters(), clip_value)
         scaler.step(optimizer)
         scaler.update()
         if average:
-            average.update_parameters(model)
-        add_step(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
-        schedule.step()
+            average.after_step(model)
+        for _ in parts:  # a schedule counts batches
+            schedule.step()
         if after_step(sums):
             break
 
 
-def add_step(sums, loss, logits, labels, *, lr):
-    """Add one step to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
+def add_batch(sums, loss, logits, labels, *, lr):
+    """Add one batch to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
     sums["loss"] += loss * len(labels)
     hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
     sums["correct"] += (logits.argmax(1) == hard_labels).sum()
@@ -86,26 +105,32 @@ def add_step(sums, loss, logits, labels, *, lr):
     sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
     sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
     sums["lr"] = lr
-    sums["step"] += 1
+
+
+def batches_per_step(accumulate, epoch):
+    """How many batches make a step in an epoch, counted from 0, by --accumulate, say ["0:8", "10:4"]."""
+    return [count for start, count in [(0, 1), *sorted(map(as_epoch_and_count, accumulate))] if start <= epoch][-1]
 
 
 @torch.inference_mode()
 def validate(*, model, batches, precision):
     """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
 
-    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
+    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in. Several ranks take a part of
+    each batch, and all have the result.
     """
     training = model.training
+    same_buffers(model)
     model.eval()
     sums = new_sums(batches.device)
     outputs = []
     for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
+        rows = own_rows(len(labels))
         with precision.autocast():
-            logits = model(images)  # (B, classes)
-        logits = logits.float()
-        sums["loss"] += cross_entropy(logits, labels, reduction="sum")
-        sums["correct"] += (logits.argmax(1) == labels).sum()
+            logits = model(images[rows])  # (B, classes)
+        outputs.append(rows_of_all_ranks(logits.float(), rows, len(labels)))
+        sums["loss"] += cross_entropy(outputs[-1], labels, reduction="sum")
+        sums["correct"] += (outputs[-1].argmax(1) == labels).sum()
         sums["images"] += len(labels)
-        outputs.append(logits)
     model.train(training)
     return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)

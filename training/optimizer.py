@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import UserError
 
@@ -96,14 +95,6 @@ def make_optimizer(args, model):
     return kind(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
 
 
-def make_average(model, decay):
-    """An exponential moving average of a model's weights and buffers, to be updated by .update_parameters(model).
-
-    Buffers are averaged too: otherwise the statistics of BatchNorm would belong to other weights. None if decay is 0.
-    """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval() if decay else None
-
-
 DEFAULT_MILESTONES = (100 / 160, 150 / 160)  # of the run's length: the report's epochs 100 and 150 of 160
 
 
@@ -144,7 +135,39 @@ def onecycle_schedule(optimizer, *, epochs, steps_per_epoch, peak, div_factor):
     )
 
 
+class ThenConstant:
+    """A schedule whose learning rate is constant from step `start` on: lr, or if that is None the schedule's own."""
+
+    def __init__(self, schedule, *, start, lr):
+        self.schedule, self.start, self.lr = schedule, start, lr
+        self.get_last_lr = schedule.get_last_lr
+        self.state_dict, self.load_state_dict = schedule.state_dict, schedule.load_state_dict
+
+    def step(self):
+        if self.schedule.last_epoch < self.start:
+            self.schedule.step()
+        else:
+            self.schedule.last_epoch += 1
+        if self.schedule.last_epoch >= self.start and self.lr:
+            for group in self.schedule.optimizer.param_groups:
+                group["lr"] = self.lr
+            self.schedule._last_lr = [self.lr] * len(self.schedule.optimizer.param_groups)
+
+
+def swa_epoch(args):
+    """The epoch, counted from 0, after which --swa-start averages the weights for the first time."""
+    return min(round(args.swa_start * args.epochs), args.epochs - 1)
+
+
 def make_schedule(args, optimizer, *, steps_per_epoch):
+    """The decaying_schedule, and with --swa-start the constant learning rate that follows it (--swa-lr)."""
+    schedule = decaying_schedule(args, optimizer, steps_per_epoch=steps_per_epoch)
+    if not args.swa_start:
+        return schedule
+    return ThenConstant(schedule, start=swa_epoch(args) * steps_per_epoch, lr=args.swa_lr)
+
+
+def decaying_schedule(args, optimizer, *, steps_per_epoch):
     """The schedule that the flags ask for (--sched, --epochs, --milestones, --gamma, --warmup-epochs, --div-factor)."""
     length = {"epochs": args.epochs, "steps_per_epoch": steps_per_epoch}
     if args.sched == "multistep":

@@ -17,6 +17,7 @@ from files import make_folder, write_atomically
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
 from training.optimizer import make_schedule
+from training.ranks import rank_and_ranks
 
 COLUMNS = (  # of log.csv
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
@@ -152,8 +153,11 @@ def count_parameters(model, leave_out=None):
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != leave_out)
 
 
-def write_result(path, run, *, test_accuracy, at_best_val):
-    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict."""
+def write_result(path, run, *, test_accuracy, raw, at_best_val):
+    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
+
+    raw is the test accuracy of the weights themselves, if averaged ones are evaluated.
+    """
     args, history, dataset = vars(run.args), run.history, run.dataset
     on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     commit, clean = git_commit(run.script)
@@ -177,7 +181,9 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "val_accuracy": history[-1]["val_accuracy"],
         "test_accuracy_at_best_val": at_best_val,
         "best_on_test": max(on_test, default=None),
-        "weights": "ema" if run.average else "raw",
+        "raw_test_accuracy": raw,
+        "weights": "raw" if raw is None else run.average.kind,
+        "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,
         "seconds": sum(row["seconds"] for row in history),
         "images_per_second": statistics.median(row["images_per_second"] for row in history),

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from errors import UserError
-from training.flags import is_own_class
+from training.values import is_own_class
 
 
 def load_own_class(text):

@@ -2,19 +2,14 @@
 
 import copy
 import datetime
-import itertools
-import json
 import math
 import time
-from pathlib import Path
 
 from errors import UserError
-from files import make_folder
+from training.averaging import make_average
 from training.checkpoint import (
     check_same_images,
     evaluated_weights,
-    folder_to_resume,
-    has_checkpoint,
     make_checkpoint,
     open_checkpoint,
     position,
@@ -22,7 +17,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.device import peak_memory_bytes
-from training.flags import is_own_class
+from training.folder import prepare_folder
 from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
@@ -34,72 +29,11 @@ from training.outputs import (
     write_result,
     write_split,
 )
+from training.ranks import any_rank, from_first_rank, leave_ranks, sums_of_all_ranks
+from training.values import is_own_class
 
 WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
-CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
-MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
-    *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
-    *("model.onnx", "model.pt2", "model.safetensors"),
-)
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
 WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
-
-
-def choose_folder(given, *, default_name, default_dir):
-    """(the run's folder, whether it holds a run to resume), from the flags on the command line.
-
-    Without --run-name the folder is the first of vit, vit-2, vit-3 ... that does not exist. Raises UserError if the
-    name is taken, or if there is nothing to resume.
-    """
-    resume = given.get("resume")
-    if resume and given.get("overwrite"):
-        raise UserError("--overwrite and --resume exclude each other")
-    if resume and resume != "auto":
-        if "run_name" in given or "out_dir" in given:
-            raise UserError(f"--resume {resume} writes to that folder: leave out --run-name and --out-dir")
-        return folder_to_resume(Path(resume), default_dir), True
-    out_dir = Path(given.get("out_dir", default_dir))
-    folder = out_dir / given.get("run_name", default_name)
-    if resume:
-        if not has_checkpoint(folder) and (folder / "result.json").exists():
-            raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
-        return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.get("overwrite"):
-        if "run_name" in given:
-            raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
-        numbers = itertools.count(2)
-        while is_taken(folder):
-            folder = out_dir / f"{default_name}-{next(numbers)}"
-        print(f"{out_dir / default_name} exists: this run is written to {folder}")
-    return folder, False
-
-
-def is_taken(folder):
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def prepare_folder(folder, *, resuming):
-    """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
-    make_folder(folder)
-    for pattern in WRITTEN if not resuming else ():
-        for path in folder.glob(pattern):
-            path.unlink()
-    for below in (folder / "maps", folder / "predict") if not resuming else ():
-        if below.is_dir() and not any(below.iterdir()):
-            below.rmdir()
-
-
-def finished_result(folder):
-    """A finished run's results, printed and returned; None if it is not finished."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text())
-        print(f"{folder} is finished: {accuracy_text(result)}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
-    return result
 
 
 class Run:
@@ -109,12 +43,13 @@ class Run:
     added up (see new_sums), and `history` has one row of log.csv for each finished epoch.
     """
 
-    def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
+    def __init__(self, start, model, dataset, *, optimizer, schedule, precision):
         self.folder, self.script, self.args = start.folder, start.script, start.args
         self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
         own = getattr(self.args, "attention", None)
         self.attention_again = f" --attention {own}" if is_own_class(own) else ""
-        self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
+        self.dataset, self.optimizer, self.schedule = dataset, optimizer, schedule
+        self.average = make_average(model, self.args)
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
         self.epoch, self.sums, self.history = 0, new_sums(self.device), []
@@ -125,8 +60,16 @@ class Run:
 
     @property
     def evaluated_model(self):
-        """The model that is validated, and that is the result: with averaged weights if there are any."""
-        return self.average.module if self.average else self.model
+        """The model that is validated, and that is the result: with averaged weights as soon as there are any."""
+        averaged = self.average.model if self.average else None
+        return self.model if averaged is None else averaged
+
+    def model_to_evaluate(self, batches):
+        """The evaluated_model at the end of an epoch of these training batches, whose weights it averages."""
+        if self.average:
+            options = {"epoch": self.epoch, "seed": self.args.seed, "precision": self.precision}
+            self.average.after_epoch(self.model, batches, **options)
+        return self.evaluated_model
 
     def begin(self, checkpoint=None):
         """Restore a checkpoint, or clear the folder for a new run.
@@ -168,6 +111,7 @@ class Run:
         self.write()
         command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        leave_ranks()
         stop.end()
 
     def out_of_patience(self):
@@ -182,14 +126,15 @@ class Run:
         If epochs are short, several are written together (see WRITING_SHARE). scores is {"val" or "test": (loss,
         accuracy, logits)}, as from validate. Raises UserError, and writes nothing, if a loss is not finite.
         """
+        sums = sums_of_all_ranks(self.sums)
         row = dict.fromkeys(COLUMNS) | {
             "epoch": self.epoch + 1,
-            "lr": self.sums["lr"],
-            "seconds": self.sums["seconds"] + time.monotonic() - self.trained_at,
-            "images_per_second": self.sums["images"] / self.sums["seconds"],
+            "lr": sums["lr"],
+            "seconds": sums["seconds"] + time.monotonic() - self.trained_at,
+            "images_per_second": sums["images"] / sums["seconds"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
+        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(sums), **scores}.items():
             if not math.isfinite(loss):
                 kept = f"{self.folder} holds what was saved before"
                 raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
@@ -205,7 +150,7 @@ class Run:
         if self.epoch in self.args.save_epochs:
             names.append(f"epoch-{self.epoch}.pt")
         waited = time.monotonic() - self.last_writing
-        due = self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited
+        due = any_rank(self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited)[0]
         if names:
             checkpoint = make_checkpoint(self)
             self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))
@@ -227,12 +172,18 @@ class Run:
         folder, model = self.folder, self.evaluated_model
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
+        averaged = model is not self.model
+        raw = validate(model=self.model, batches=test, precision=self.precision)[1] if averaged else None
         at_best_val = None
-        if (folder / "best.pt").exists():
+        if from_first_rank((folder / "best.pt").exists):
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
+        result = write_result(
+            folder / "result.json", self, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val
+        )
         print(accuracy_text(result))
+        if raw is not None:
+            print(f"test accuracy {raw:.2%} of the weights that were averaged last")
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
@@ -242,6 +193,7 @@ class Run:
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
         print(f"draw {where} {folder}{self.attention_again}")
+        leave_ranks()
         return result
 
 

@@ -13,7 +13,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def flags(choice, epochs=1):
-    return SimpleNamespace(compile=choice, epochs=epochs, batch_size=4)
+    return SimpleNamespace(compile=choice, epochs=epochs, batch_size=4, fsdp=False, sync_bn=False)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.device import Precision
-from training.loop import loss_and_accuracy, new_sums, train_one_epoch, validate
+from training.loop import batches_per_step, loss_and_accuracy, new_sums, train_one_epoch, validate
 from training.optimizer import cosine_schedule
 
 CPU = torch.device("cpu")
@@ -77,6 +77,59 @@ def test_one_step_is_the_optimisers_step():
     images, labels = batches.list[0]
     cross_entropy(reference(images), labels).backward()
     torch.testing.assert_close(model.weight, reference.weight - 0.1 * reference.weight.grad)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (8, 8, 8, 3)], ids=["whole", "the last group is short"])
+def test_accumulated_batches_equal_one_large_batch(sizes):
+    torch.manual_seed(0)
+    small, large = nn.Linear(5, 4).double(), nn.Linear(5, 4).double()
+    large.load_state_dict(small.state_dict())
+    batches = random_batches(sizes)
+    batches.list = [(images.double(), labels) for images, labels in batches.list]
+    joined = ListOfBatches(
+        *(
+            (torch.cat([batches.list[k][0] for k in pair]), torch.cat([batches.list[k][1] for k in pair]))
+            for pair in ((0, 1), (2, 3))
+        )
+    )
+    seen = []
+    options = {"clip_grad": 0.5, "clip_value": 0.05}
+    sums = train(small, batches, accumulate=2, steps=4, after_step=lambda sums: seen.append(sums["step"]), **options)
+    expected = train(large, joined, steps=2, **options)
+    torch.testing.assert_close(small.weight, large.weight, rtol=0, atol=1e-12)
+    assert seen == [2, 4] and loss_and_accuracy(sums) == pytest.approx(loss_and_accuracy(expected), rel=1e-5)
+    assert sums["lr"] == expected["lr"]  # of the last step: the schedule counts batches
+
+
+def test_a_run_stopped_between_accumulated_steps_resumes():
+    def weights(stops):
+        torch.manual_seed(1)
+        model = nn.Linear(5, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule, sums = cosine(optimizer), new_sums(CPU)
+        for stop in (*stops, 99):
+            options = {"optimizer": optimizer, "schedule": schedule, "sums": sums, "accumulate": 3}
+            train(model, random_batches((8,) * 7), after_step=lambda s, stop=stop: s["step"] >= stop, **options)
+        return model.weight.tolist(), sums["step"], schedule.last_epoch
+
+    assert weights([]) == weights([1]) == weights([2, 4]) and weights([])[1:] == (7, 7)
+
+
+def test_the_number_of_batches_per_step_follows_the_epoch():
+    plan = ["10:4", "0:8"]
+    assert [batches_per_step(plan, epoch) for epoch in (0, 9, 10, 99)] == [8, 8, 4, 4]
+    assert [batches_per_step(["3:2"], epoch) for epoch in (0, 2, 3)] == [1, 1, 2]
+
+
+def test_clip_value_limits_each_element():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    before = model.weight.detach().clone()
+    train(
+        model, random_batches((8,)), optimizer=torch.optim.SGD(model.parameters(), lr=1.0), clip_value=0.01, amp="fp16"
+    )
+    moved = (model.weight - before).abs()
+    assert moved.max().item() == pytest.approx(0.01, rel=1e-3) and (moved < 0.0099).any()
 
 
 class CountWaits(TorchDispatchMode):

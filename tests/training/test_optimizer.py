@@ -7,7 +7,7 @@ import torch
 
 from errors import UserError
 from models import build_model
-from training.optimizer import MuonWithAdamW, cosine_schedule, make_average, make_optimizer, parameter_groups
+from training.optimizer import MuonWithAdamW, cosine_schedule, make_optimizer, parameter_groups
 
 SMALL = {"image_size": 16, "num_classes": 3}
 
@@ -146,17 +146,3 @@ def test_muon_takes_a_convolution_as_the_matrix_from_a_patch_to_the_channels():
             one.step()
     for matrix, weight in zip(matrices, weights, strict=True):
         assert torch.equal(matrix, weight.flatten(1))
-
-
-def test_the_average_follows_its_formula_buffers_included():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average = make_average(model, 0.9)
-    expected = None
-    for value in (1.0, 2.0, 4.0):
-        for tensor in (model[0].weight.data, model[1].running_mean):
-            tensor.fill_(value)
-        average.update_parameters(model)
-        expected = value if expected is None else 0.9 * expected + 0.1 * value
-    torch.testing.assert_close(average.module[0].weight, torch.full((2, 2), expected))
-    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), expected))
-    assert make_average(model, 0.0) is None and not average.module.training

@@ -17,7 +17,7 @@ from training.checkpoint import check_same_images, save_checkpoint
 from training.device import Precision
 from training.optimizer import multistep_schedule
 from training.outputs import draw_curves, epoch_line
-from training.run import Run, choose_folder, is_best, prepare_folder
+from training.run import Run, is_best
 
 
 def history(*val_accuracies, lr=0.1):
@@ -39,52 +39,7 @@ def history(*val_accuracies, lr=0.1):
     ]
 
 
-def choose(tmp_path, **given):
-    return choose_folder(given, default_name="vit", default_dir=tmp_path)
-
-
-def test_runs_are_numbered_until_a_name_is_free(tmp_path):
-    assert choose(tmp_path) == (tmp_path / "vit", False)
-    for name in ("vit", "vit-2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.pt").touch()
-    assert choose(tmp_path) == (tmp_path / "vit-3", False)
-    assert choose(tmp_path, resume="auto") == (tmp_path / "vit", True)
-    assert choose(tmp_path, resume=str(tmp_path / "vit-2")) == (tmp_path / "vit-2", True)
-    assert choose(tmp_path, resume="auto", run_name="new") == (tmp_path / "new", False)
-    assert choose(tmp_path, overwrite=True) == (tmp_path / "vit", False)
-    assert choose(tmp_path, out_dir=str(tmp_path / "mounted"), run_name="a") == (tmp_path / "mounted" / "a", False)
-    with pytest.raises(UserError, match="--run-name vit: .* exists; use --resume .*, or --overwrite"):
-        choose(tmp_path, run_name="vit")
-    with pytest.raises(UserError, match="--resume .*nothing: that is no run.s folder, and no last.pt"):
-        choose(tmp_path, resume=str(tmp_path / "nothing"))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be written"):
-        prepare_folder(tmp_path / "file" / "run", resuming=False)
-
-
-def test_a_replaced_run_leaves_only_what_no_run_wrote(tmp_path):
-    for name in ("last.pt", "epoch-3.pt", "result.json", "notes.txt", "another.pt"):
-        (tmp_path / name).touch()
-    prepare_folder(tmp_path, resuming=True)
-    assert len(list(tmp_path.iterdir())) == 5
-    prepare_folder(tmp_path, resuming=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["another.pt", "notes.txt"]
-
-
-def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    assert choose(tmp_path, resume="auto", run_name="mine") == (folder, False)
-    (folder / "result.json").touch()
-    with pytest.raises(UserError, match="mine is finished, but has no last.pt; --overwrite"):
-        choose(tmp_path, resume="auto", run_name="mine")
-
-
-PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "model_ema_decay": 0.0, "swa_start": 0.0, "fsdp": False}
 
 
 def small_run(folder, **options):
@@ -107,7 +62,6 @@ def small_run(folder, **options):
         Namespace(classes=["a", "b"], mean=[0.5], std=[0.5], val=None, splits=dict),
         optimizer=optimizer,
         schedule=multistep_schedule(optimizer, epochs=9, steps_per_epoch=1),
-        average=None,
         precision=Precision("off", torch.device("cpu")),
     )
 

@@ -12,7 +12,7 @@ STEPS = 7  # an epoch
 def optimizer_and_schedule(name, **options):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     defaults = {"sched": name, "epochs": 20, "milestones": None, "gamma": 0.1, "warmup_epochs": None}
-    defaults |= {"lr": 0.3, "div_factor": 10.0}
+    defaults |= {"lr": 0.3, "div_factor": 10.0, "swa_start": 0.0, "swa_lr": None}
     return optimizer, make_schedule(Namespace(**defaults | options), optimizer, steps_per_epoch=STEPS)
 
 
@@ -55,6 +55,16 @@ CASES = {
         {"warmup_epochs": 0.5},
         lambda t: cosine_closed_form(t, warmup=3.5, total=20 * STEPS),
     ),
+    "cosine, then --swa-lr": (
+        "cosine",
+        {"swa_start": 0.5, "swa_lr": 0.02},
+        lambda t: cosine_closed_form(t, warmup=2 * STEPS, total=20 * STEPS) if t < 10 * STEPS else 0.02,
+    ),
+    "multistep, then as it is at --swa-start": (
+        "multistep",
+        {"milestones": [3, 15], "swa_start": 0.5},
+        lambda t: multistep_closed_form(t, (3,)),
+    ),
 }
 
 
@@ -77,7 +87,7 @@ def test_whole_sequence_equals_the_closed_form_also_across_a_resume(case):
 
 def test_momentum_goes_down_and_up_against_the_one_cycle():
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.3, betas=(0.9, 0.99))
-    args = Namespace(sched="onecycle", epochs=20, lr=0.3, div_factor=10.0)
+    args = Namespace(sched="onecycle", epochs=20, lr=0.3, div_factor=10.0, swa_start=0.0)
     schedule = make_schedule(args, optimizer, steps_per_epoch=STEPS)
     seen = []
     for _ in range(20 * STEPS):

@@ -1,0 +1,76 @@
+"""A run's folder: its name, what may lie there already, and a run that is replaced."""
+
+import itertools
+import json
+from pathlib import Path
+
+from errors import UserError
+from files import is_first_rank, make_folder
+from training.checkpoint import folder_to_resume, has_checkpoint
+from training.outputs import accuracy_text
+
+CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
+MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
+    *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
+    *("model.onnx", "model.pt2", "model.safetensors"),
+)
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+
+
+def choose_folder(given, *, default_name, default_dir):
+    """(the run's folder, whether it holds a run to resume), from the flags on the command line.
+
+    Without --run-name the folder is the first of vit, vit-2, vit-3 ... that does not exist. Raises UserError if the
+    name is taken, or if there is nothing to resume.
+    """
+    resume = given.get("resume")
+    if resume and given.get("overwrite"):
+        raise UserError("--overwrite and --resume exclude each other")
+    if resume and resume != "auto":
+        if "run_name" in given or "out_dir" in given:
+            raise UserError(f"--resume {resume} writes to that folder: leave out --run-name and --out-dir")
+        return folder_to_resume(Path(resume), default_dir), True
+    out_dir = Path(given.get("out_dir", default_dir))
+    folder = out_dir / given.get("run_name", default_name)
+    if resume:
+        if not has_checkpoint(folder) and (folder / "result.json").exists():
+            raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
+        return folder, has_checkpoint(folder)
+    if is_taken(folder) and not given.get("overwrite"):
+        if "run_name" in given:
+            raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
+        numbers = itertools.count(2)
+        while is_taken(folder):
+            folder = out_dir / f"{default_name}-{next(numbers)}"
+        print(f"{out_dir / default_name} exists: this run is written to {folder}")
+    return folder, False
+
+
+def is_taken(folder):
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def prepare_folder(folder, *, resuming):
+    """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
+    make_folder(folder)
+    if resuming or not is_first_rank():
+        return
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for below in (folder / "maps", folder / "predict"):
+        if below.is_dir() and not any(below.iterdir()):
+            below.rmdir()
+
+
+def finished_result(folder):
+    """A finished run's results, printed and returned; None if it is not finished."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        print(f"{folder} is finished: {accuracy_text(result)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
+    return result
