@@ -8,6 +8,7 @@ A plan is a TOML file: a title, rows, the number of seeds per row, and the row t
     title = "ViT on CIFAR-10, with and without dropout"
     baseline = "report"        # or, in a row, against = "report"; optional
     seeds = 3                  # a row may have its own; the default is 1
+    paired = true              # compare seed by seed; optional (see docs/experiments.md)
 
     [[rows]]
     name = "report"

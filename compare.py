@@ -11,6 +11,7 @@ Accuracies are the last epoch's, in per cent, mean ± standard deviation over N 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from errors import UserError, run_script
@@ -22,7 +23,7 @@ from experiments.tables import comparison_table, groups_table, markdown, score_t
 from files import write_atomically
 from training.flags import Parser
 
-TABLE_START = re.compile(r"<!-- (table|speed): (\S+?)( by val)? -->\n")
+TABLE_START = re.compile(r"<!-- (table|comparison|speed): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
@@ -35,19 +36,23 @@ def compare_parser():
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
     add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")
     add("--score", action="store_true", help="score runs by (test accuracy - 70) / millions of parameters * 100")
-    help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] --> or <!-- speed: NAME --> to " + TABLE_END
+    help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] -->, <!-- comparison: PLAN.toml --> (with the"
+    help_text += f" differences) or <!-- speed: NAME --> to {TABLE_END}"
     add("--readme", metavar="FILE", help=help_text)
     add("--results", metavar="DIR", default="results", help="where the results are")
     return parser
 
 
-def plan_text(path, measured, *, by):
-    """The Markdown of a plan: a line with its title, and the table of the rows that have results."""
+def plan_text(path, measured, *, by, differences=False):
+    """The Markdown of a plan: a line with its title, and the table of the rows that have results; then, if asked for,
+    that of their differences."""
     plan = read_plan(path)
-    groups = [group for group, _, _ in plan_pairs(plan, fitting_runs(plan, measured)) if group.runs]
-    if not groups:
+    pairs = [pair for pair in plan_pairs(plan, fitting_runs(plan, measured)) if pair[0].runs]
+    if not pairs:
         return f"Not measured yet: `python campaign.py {path}`."
-    return f"{plan.title}, `python campaign.py {path}`:\n\n{groups_table(groups, by=by, layout=markdown)}"
+    groups = [group for group, _, _ in pairs]
+    make = partial(comparison_table, pairs) if differences else partial(groups_table, groups)
+    return f"{plan.title}, `python campaign.py {path}`:\n\n{make(by=by, layout=markdown)}"
 
 
 def filled_tables(text, results):
@@ -64,7 +69,8 @@ def filled_tables(text, results):
         if kind == "speed":
             table = speed_text(Path(results) / "speed" / f"{name}.json")
         else:
-            table = plan_text(name, measured, by="val" if by_val else "test")
+            by = "val" if by_val else "test"
+            table = plan_text(name, measured, by=by, differences=kind == "comparison")
         before += f"{start}\n{table}\n{end}{after}"
     return before
 

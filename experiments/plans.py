@@ -12,7 +12,7 @@ from experiments.scripts import script_parser
 from training.arguments import as_flag, given_arguments
 from training.flags import flag_kind
 
-PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "baseline": str, "seeds": int}
+PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "baseline": str, "seeds": int, "paired": bool}
 COMMAND_KEYS = {"name": str, "script": str, "arguments": (str, list)}
 ROW_KEYS = COMMAND_KEYS | {"seeds": int, "against": str, "init_from": str, "not_run": str, "published": str}
 MEASUREMENT_KEYS = COMMAND_KEYS | {"checkpoint": str}
@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     title: str
     rows: list[PlanRow]
     measurements: list[Measurement]
+    paired: bool  # whether rows with one seed share what is random, beside what they compare
 
 
 def check_keys(table, keys):
@@ -144,7 +145,7 @@ def read_plan(path):
         raise UserError(f"{path}: {error}") from error
     except ValueError as error:  # of tomllib or the text's encoding
         raise UserError(f"{path} is not TOML: {error}") from error
-    return Plan(Path(path).stem, plan["title"], rows, measurements)
+    return Plan(Path(path).stem, plan["title"], rows, measurements, plan.get("paired", False))
 
 
 def run_name(row_name, seed):
@@ -185,11 +186,15 @@ def fitting_runs(plan, runs):
 def plan_pairs(plan, found):
     """A plan's rows as comparison_table takes them; found is {row's name: {seed: run}}.
 
-    Seeds are paired if both rows start from the same trained row.
+    Seeds are paired if both rows start from the same trained row, or if the plan says so.
     """
     groups = {row.name: Group(row.name, list(found[row.name].values()), row.published) for row in plan.rows}
     starts = {row.name: row.init_from for row in plan.rows}
     return [
-        (groups[row.name], groups.get(row.against), bool(row.init_from) and starts.get(row.against) == row.init_from)
+        (
+            groups[row.name],
+            groups.get(row.against),
+            plan.paired or (bool(row.init_from) and starts.get(row.against) == row.init_from),
+        )
         for row in plan.rows
     ]

@@ -66,12 +66,12 @@ def groups_table(groups, *, by="test", layout=aligned):
     return layout([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
 
-def comparison_table(pairs, *, by="test"):
+def comparison_table(pairs, *, by="test", layout=aligned):
     """groups_table, and below it each group's difference from its baseline.
 
     pairs are (group, baseline or None, whether seeds are paired).
     """
-    text = groups_table([group for group, _, _ in pairs], by=by)
+    text = groups_table([group for group, _, _ in pairs], by=by, layout=layout)
     names, comparisons = [], []
     for group, base, paired in pairs:
         comparison = base and compare_accuracies(group.accuracies(by), base.accuracies(by), paired=paired)
@@ -85,11 +85,12 @@ def comparison_table(pairs, *, by="test"):
         comparisons.append(comparison)
     if not comparisons:
         return text
-    rows = [["difference", "seeds", "points", "95 % interval", "verdict"]]
+    rows = [["difference", "seeds", "points", "95 % interval", "verdict", "seeds for half a point"]]
     for name, comparison, verdict in zip(names, comparisons, verdicts(comparisons), strict=True):
         difference = f"{100 * comparison.difference:+.2f}"
-        rows.append([*name, difference, interval_text(comparison.interval, "{:+.2f}"), verdict])
-    text += "\n\n" + aligned(rows)
+        interval = interval_text(comparison.interval, "{:+.2f}")
+        rows.append([*name, difference, interval, verdict, str(comparison.enough or "-")])
+    text += "\n\n" + layout(rows)
     if tested := sum(comparison.p_value is not None for comparison in comparisons):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
         text += f"\np: two-sided permutation test over seeds, exact up to a million permutations{correction}"

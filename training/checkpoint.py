@@ -181,18 +181,27 @@ def check_same_images(checkpoint, run):
         raise UserError(f"the {changed[0]} images are not those of the run to resume: an image or its class is another")
 
 
+def load_weights(model, weights, *, sharded):
+    """Load whole weights, of which each rank keeps its shards if the model is `sharded` (--fsdp)."""
+    if sharded:
+        from training.sharding import sharded_weights  # only if it is asked for
+
+        weights = sharded_weights(weights, model)
+    model.load_state_dict(weights)
+
+
 def restore_training(checkpoint, run):
     """Restore a run's weights, optimiser, schedule, scaler and position from a checkpoint."""
     with read_from_outside(f"--resume {run.folder}: the checkpoint does not fit the run"):
-        weights, optimizer = checkpoint["weights"], checkpoint["optimizer"]
-        if run.args.fsdp:
-            from training.sharding import sharded_state, sharded_weights  # only if it is asked for
-
-            weights, optimizer = sharded_weights(weights, run.model), sharded_state(optimizer, run.optimizer)
-        run.model.load_state_dict(weights)
+        load_weights(run.model, checkpoint["weights"], sharded=run.args.fsdp)
         if checkpoint["ema"]:
             run.average.load(checkpoint["ema"], epoch=checkpoint["epoch"], step=checkpoint["step"])
-        run.optimizer.load_state_dict(optimizer)
+        state = checkpoint["optimizer"]
+        if run.args.fsdp:
+            from training.sharding import sharded_state  # only if it is asked for
+
+            state = sharded_state(state, run.optimizer)
+        run.optimizer.load_state_dict(state)
         run.schedule.load_state_dict(checkpoint["schedule"])
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])

@@ -201,6 +201,10 @@ def memory_watched(run):
             raise UserError(f"--batch-size {run.args.batch_size}: {said}") from error
         if "does not have a deterministic implementation" in str(error):
             raise UserError(f"--deterministic: {str(error).splitlines()[0]}") from error
+        if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
+            raise UserError(
+                f"another process of this run has ended; {run.folder}/last.pt holds what was saved"
+            ) from error
         raise
 
 

@@ -1,6 +1,7 @@
 """What happens between two steps: the progress bar, saving by the clock, stopping when asked to, and profiling."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ class StopRequests:
 
     def __init__(self, minutes=None, *, since=None):
         self.deadline = (time.monotonic() if since is None else since) + 60 * minutes if minutes else None
-        self.signum = None
+        self.signum = self.patience = None
         self.handlers = {}
 
     def __enter__(self):
@@ -51,6 +52,10 @@ class StopRequests:
     def note(self, signum, frame):
         self.signum = signum
         self.__exit__()
+        if rank_and_ranks()[1] > 1:  # torchrun sends SIGTERM if a rank has died, which the others may wait for
+            self.patience = threading.Timer(PATIENCE, os._exit, [128 + signum])
+            self.patience.daemon = True
+            self.patience.start()
         with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone; the signal came amid another print
             print("\nstopping after this step; once more: at once", file=sys.stderr, flush=True)
 
@@ -65,10 +70,14 @@ class StopRequests:
 
     def wanted(self):
         """Whether any rank was asked to stop; all of them have to call this together."""
-        return any_rank(self.asked())[0]
+        wanted = any_rank(self.asked())[0]
+        if self.patience:
+            self.patience.cancel()
+        return wanted
 
 
-AGREEMENT = 8  # steps after which several ranks agree on whether to stop or save: they wait for each other
+PATIENCE = 20  # seconds that a rank waits for the others after a signal
+AGREEMENT = 8  # steps on GPUs after which ranks agree on whether to stop or save: they wait for each other
 WAIT, MEASURED = 5, 10  # steps
 
 
@@ -154,7 +163,7 @@ class Watch:
             self.refresh(sums)
             self.last_refresh = now
         self.steps += 1
-        if self.steps % (AGREEMENT if rank_and_ranks()[1] > 1 else 1):
+        if rank_and_ranks()[1] > 1 and self.run.device.type == "cuda" and self.steps % AGREEMENT:
             return False
         late = now - self.run.last_writing > 60 * self.run.args.save_minutes
         save, stop = any_rank(late, self.stop.asked())

@@ -10,6 +10,7 @@ from training.averaging import make_average
 from training.checkpoint import (
     check_same_images,
     evaluated_weights,
+    load_weights,
     make_checkpoint,
     open_checkpoint,
     position,
@@ -176,7 +177,8 @@ class Run:
         raw = validate(model=self.model, batches=test, precision=self.precision)[1] if averaged else None
         at_best_val = None
         if from_first_rank((folder / "best.pt").exists):
-            model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
+            best = open_checkpoint(folder / "best.pt", self.device)
+            load_weights(model, evaluated_weights(best), sharded=self.args.fsdp)
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(
             folder / "result.json", self, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val
