@@ -36,8 +36,8 @@ def compare_parser():
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
     add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")
     add("--score", action="store_true", help="score runs by (test accuracy - 70) / millions of parameters * 100")
-    help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] -->, <!-- comparison: PLAN.toml --> (with the"
-    help_text += f" differences) or <!-- speed: NAME --> to {TABLE_END}"
+    help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] -->, <!-- comparison: PLAN.toml --> (with"
+    help_text += f" its differences) or <!-- speed: NAME --> to {TABLE_END}"
     add("--readme", metavar="FILE", help=help_text)
     add("--results", metavar="DIR", default="results", help="where the results are")
     return parser

@@ -7,7 +7,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import nct, permutation_test, ttest_ind
+from scipy.stats import nct, norm, permutation_test, ttest_ind
 from scipy.stats import t as student
 
 LEVEL = 0.05
@@ -70,7 +70,7 @@ def compare_accuracies(accuracies, base, *, paired):
     return Comparison(difference, interval, floor, p_value, paired, enough)
 
 
-HALF_POINT = 0.005
+HALF_POINT, POWER = 0.005, 0.8
 
 
 def seeds_to_see(difference, deviation, paired):
@@ -78,10 +78,11 @@ def seeds_to_see(difference, deviation, paired):
 
     deviation is that of one seed's difference: measured if paired, else of the difference of two single runs.
     """
-    for count in itertools.count(2):
+    known = norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)  # if the deviation were known, (known * deviation / difference)^2
+    for count in itertools.count(max(2, math.floor((known * deviation / difference) ** 2))):
         freedom = count - 1 if paired else 2 * count - 2
-        shift = difference / deviation * math.sqrt(count) if deviation else math.inf
-        if math.isinf(shift) or nct.sf(student.ppf(1 - LEVEL / 2, freedom), freedom, shift) >= 0.8:
+        shift = difference * math.sqrt(count) / max(deviation, 1e-12)
+        if shift > 30 or nct.sf(student.ppf(1 - LEVEL / 2, freedom), freedom, shift) >= POWER:
             return count
 
 

@@ -85,11 +85,11 @@ def comparison_table(pairs, *, by="test", layout=aligned):
         comparisons.append(comparison)
     if not comparisons:
         return text
-    rows = [["difference", "seeds", "points", "95 % interval", "verdict", "seeds for half a point"]]
+    rows = [["difference", "seeds", "points", "95 % interval", "seeds for half a point", "verdict"]]
     for name, comparison, verdict in zip(names, comparisons, verdicts(comparisons), strict=True):
         difference = f"{100 * comparison.difference:+.2f}"
         interval = interval_text(comparison.interval, "{:+.2f}")
-        rows.append([*name, difference, interval, verdict, str(comparison.enough or "-")])
+        rows.append([*name, difference, interval, str(comparison.enough or "-"), verdict])
     text += "\n\n" + layout(rows)
     if tested := sum(comparison.p_value is not None for comparison in comparisons):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""

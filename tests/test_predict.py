@@ -132,7 +132,9 @@ def test_another_test_set_is_matched_by_the_names_of_its_folders(run, photos, ca
     counts = {name: row["images"] for name, row in found["accuracies"].items()}
     assert counts == {"all images": 8, "ant": 3, "bee": 5}
     assert [sum(row) for row in found["confusion"]] == [3, 5, 0]
-    assert "left out, unknown to the model (images): lion (3)" in capsys.readouterr().out and found["left_out"] == {"lion": 3}
+    assert "left out, unknown to the model (images): lion (3)" in capsys.readouterr().out and found["left_out"] == {
+        "lion": 3
+    }
 
 
 def test_which_and_a_checkpoint_file_name_what_is_written(run, photos):

@@ -13,7 +13,15 @@ from errors import UserError
 from experiments.plans import fitting_runs, read_plan
 from experiments.runs import group_runs, read_runs
 from experiments.scripts import all_arguments, script_parser
-from experiments.statistics import Comparison, compare_accuracies, holm, summarise, verdicts, welch_interval
+from experiments.statistics import (
+    Comparison,
+    compare_accuracies,
+    holm,
+    seeds_to_see,
+    summarise,
+    verdicts,
+    welch_interval,
+)
 from experiments.tables import PUBLISHED, parameter_score
 from models import build_model
 from training.arguments import given_arguments
@@ -109,6 +117,20 @@ def test_pairs_are_of_the_seeds_that_both_have():
 def test_a_single_run_is_never_tested():
     comparison = compare_accuracies({0: 0.9}, {seed: seed / 100 for seed in range(39)}, paired=False)
     assert comparison.p_value is None and verdicts([comparison])[0].startswith("none, N is too small")
+
+
+@pytest.mark.parametrize(
+    ("effect", "paired", "count"), [(1, True, 10), (0.5, True, 34), (1, False, 17), (0.5, False, 64)]
+)
+def test_the_seeds_that_would_show_a_difference_are_the_textbooks(effect, paired, count):
+    """Cohen's d of 1 and 0.5, 80 % power, 5 % two-sided: 10 and 34 pairs, 17 and 64 per group."""
+    deviation = 0.01 / effect * (1 if paired else math.sqrt(2))  # two single runs differ by more than one varies
+    assert seeds_to_see(0.01, deviation, paired) == count
+    values = {seed: 0.5 + 0.003 * seed for seed in range(5)}
+    base = {seed: 0.4 + 0.003 * (seed * 2 % 5) for seed in range(5)}
+    differences = [values[seed] - base[seed] for seed in range(5)]
+    expected = seeds_to_see(0.005, summarise(differences)[1], paired=True)
+    assert compare_accuracies(values, base, paired=True).enough == expected
 
 
 def test_holm_by_hand():
@@ -301,12 +323,14 @@ def test_what_others_report_stands_beside_what_was_measured(measured, plan, caps
 def test_two_groups_side_by_side(measured, capsys):
     out = "\n".join(lines_of(capsys, "--results", measured, "plain", measured / "drop/better-seed-1.json"))
     assert (
-        "drop/better - drop/plain  unpaired  +10.00  +4.52 to +15.48  none, N is too small: p cannot go below 0.1"
+        "drop/better - drop/plain  unpaired  +10.00  +4.52 to +15.48                     347  none, N is too small: p cannot go below 0.1"
         in out
     )
     assert "permutation" not in out
     out = "\n".join(lines_of(capsys, "--results", measured, "--paired", "drop/plain", "drop/better"))
-    assert "  paired  +10.00  +7.52 to +12.48  none, N is too small: p cannot go below 0.25" in out
+    assert (
+        "  paired  +10.00  +7.52 to +12.48                      34  none, N is too small: p cannot go below 0.25" in out
+    )
 
 
 def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
@@ -329,9 +353,14 @@ def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path,
             start = None if name == "trunk" else f"trunk-seed-{seed}"
             write_measured(measured, f"p/{name}", seed, accuracy, script="train_resnet_attn.py", init_from=start)
     lines = lines_of(capsys, "--results", measured, str(path))
-    assert ["block", "-", "end", "paired", "+1.00", "+1.00", "to", "+1.00", "better,", "p", "=", "0.031"] in [
-        line.split() for line in lines
-    ]
+    expected = "block - end paired +1.00 +1.00 to +1.00 2 better, p = 0.031"
+    assert expected.split() in [line.split() for line in lines]
+
+
+def test_a_plan_may_say_that_seeds_are_paired(measured, plan, capsys):
+    plan.write_text(plan.read_text().replace("seeds = 3", "seeds = 3\npaired = true"))
+    out = "\n".join(lines_of(capsys, "--results", measured, plan))
+    assert "better - plain  paired  +10.00  +7.52 to +12.48" in out
 
 
 def test_another_dataset_is_not_compared(measured, capsys):

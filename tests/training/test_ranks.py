@@ -53,6 +53,8 @@ def assert_same_run(folder, other):
         for name in names:
             assert float(row[name]) == pytest.approx(float(expected[name]), abs=1e-4)
     a, b = (torch.load(path / "run" / "last.pt", weights_only=True) for path in (folder, other))
+    for checkpoint in (a, b):  # a softmax does not see it: its gradient is rounding, which AdamW enlarges
+        checkpoint["weights"].pop("pool.score.bias", None)
     torch.testing.assert_close(a["weights"], b["weights"], rtol=0, atol=1e-4)
     accuracies = [json.loads((path / "run" / "result.json").read_text())["test_accuracy"] for path in (folder, other)]
     assert accuracies[0] == pytest.approx(accuracies[1])
