@@ -152,3 +152,25 @@ def test_a_stopped_torchrun_saves(images, tmp_path):
     output, errors = process.communicate(timeout=60)
     assert "; to resume: python train_vit.py --resume" in output, errors
     assert "epoch" in train("train_vit.py", images, tmp_path, *flags, "--minutes", "1e-4", "--resume", "auto")[0]
+
+
+def test_the_table_of_what_ranks_send_is_its_formula():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (REPOSITORY / "docs" / "machines.md").read_text().splitlines()
+        if line.startswith("| ViT")
+    ]
+    sizes = {  # torchvision's, and the report's
+        "ViT of the report, 32 px": (3_195_146, 65),
+        "ViT-B/16, 224 px": (86_567_656, 197),
+        "ViT-L/16, 224 px": (304_326_632, 197),
+        "ViT-H/14, 224 px": (632_045_800, 257),
+    }
+    assert len(rows) == 12
+    for name, images, step, gpus, sent, *links in rows:
+        (parameters, tokens), gpus = sizes[name], int(gpus)
+        seconds = 6 * parameters * tokens * int(images) / 400e12
+        moved = 2 * (gpus - 1) / gpus * 4 * parameters
+        assert (step, sent) == (f"{1e3 * seconds:.1f} ms", f"{moved / 1e6:,.0f} MB")
+        for cell, speed in zip(links, (450e9, 12.5e9), strict=True):
+            assert cell == f"{1e3 * moved / speed:.2f} ms, {100 * moved / speed / seconds:.0f} %"
