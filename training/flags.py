@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+from functools import partial
 
 from errors import UserError, command_line
 
@@ -35,9 +36,6 @@ def flag_kind(name):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Appends each flag's default to its help."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
     def _get_help_string(self, action):
         default = action.default
         if default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
@@ -50,7 +48,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        formatter = partial(HelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
     def parse_args(self, args=None, namespace=None):
         return super().parse_args(command_line() if args is None else args, namespace)
@@ -163,8 +162,7 @@ def add_data_flags(group, datasets):
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
     help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
     add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
-    help_text = "1 reads a folder in grey, 3 in colour"
-    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help="1 reads a folder in grey, 3 in colour")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
@@ -230,6 +228,7 @@ def add_schedule_flags(group):
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)

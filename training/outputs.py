@@ -87,14 +87,15 @@ def write_log(path, history):
 def draw_curves(path, history, args):
     """Loss and accuracy against the epoch of a run with the arguments args; a dotted line where multistep acted.
 
-    A training loss with label smoothing or mixed labels, and an accuracy on mixed images, are other quantities than
-    those on validation and test images: they have axes of their own.
+    A training loss with label smoothing, mixed labels or weights, and an accuracy on mixed images, are other quantities
+    than those on validation and test images: they have axes of their own.
     """
     epochs = [row["epoch"] for row in history]
     stepped = args.sched == "multistep"
     falls = [row["epoch"] for before, row in itertools.pairwise(history) if stepped and row["lr"] < before["lr"]]
-    mixed, smoothed = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
-    other = {"train_loss": f"training loss{smoothed}{', mixed labels' if mixed else ''}"} if smoothed or mixed else {}
+    mixed, how = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
+    how += (", mixed labels" if mixed else "") + (", classes weighted" if args.class_weights != "none" else "")
+    other = {"train_loss": f"training loss{how}"} if how else {}
     other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
     panels = [([name], label) for name, label in other.items()]
     for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):

@@ -84,7 +84,7 @@ def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
         choose(tmp_path, resume="auto", run_name="mine")
 
 
-PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": "none"}
 
 
 def small_run(folder, **options):
@@ -217,6 +217,14 @@ def test_curves_mark_where_the_learning_rate_fell(tmp_path, monkeypatch):
             {"smoothing": 0.1},
             {
                 "training loss, label smoothing 0.1": ["train"],
+                "loss (cross entropy)": ["val"],
+                "accuracy (%)": ["train", "val"],
+            },
+        ),
+        (
+            {"class_weights": "balanced"},
+            {
+                "training loss, classes weighted": ["train"],
                 "loss (cross entropy)": ["val"],
                 "accuracy (%)": ["train", "val"],
             },
