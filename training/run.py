@@ -231,7 +231,7 @@ class Run:
         if (folder / "best.pt").exists():
             model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
+        result = write_result(self, logits, test_accuracy=test_accuracy, at_best_val=at_best_val)
         print(accuracy_text(result))
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
