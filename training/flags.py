@@ -169,6 +169,8 @@ def add_data_flags(group, datasets):
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
+    add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
     add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
     help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"

@@ -180,7 +180,7 @@ def write_result(run, logits, *, test_accuracy, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
-        "data_hash": run.data_hashes["train"],
+        "data_hash": dataset.whole_hash or run.data_hashes["train"],  # folds of one set of images are one group
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, write_images
 
 import train_vit
-from conftest import TINY, write_images
 from training.outputs import accuracy_text, balanced_accuracy
 
 
