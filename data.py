@@ -17,7 +17,7 @@ from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -47,7 +47,7 @@ class Dataset(NamedTuple):
 
     name: str
     classes: list[str]
-    train: Split
+    train: Split  # or Shards, of webdataset
     val: Split | None
     test: Split
     mean: list[float]  # of the training images, one per channel, as fractions of 255
@@ -72,12 +72,17 @@ def count_classes(name, data_dir):
     """The number of classes of a dataset, without reading its images."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
+    if name == "webdataset":
+        from pipeline.shards import find_shards  # only if it is asked for
+
+        return len(find_shards(data_dir)[1])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
     """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
-    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
+    kept = name in ("webdataset", *IMAGENETTES)
+    return isinstance(image_size, int) and (kept or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -136,6 +141,15 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
+    if args.dataset == "webdataset":
+        from pipeline.shards import read_webdataset  # only if it is asked for
+
+        classes, train, splits, seen = read_webdataset(args)
+        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
+        statistics = statistics or channel_statistics(seen)
+        return Dataset(
+            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
+        )
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
     names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
@@ -206,6 +220,9 @@ def describe(dataset):
     """One line per split: how many images it has, and how many of each class."""
     lines = []
     for key, split in dataset.splits().items():
+        if split.images is None:
+            lines.append(f"{key:6}{len(split.labels):7,} images per epoch, of {len(split.urls):,} shards")
+            continue
         counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
         if len(set(counts)) == 1:
             each = f"{counts[0]:,} of each of {len(counts)} classes"

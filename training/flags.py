@@ -199,6 +199,7 @@ def add_augmentation_flags(group, policies):
 
 def add_optimizer_flags(group):
     add = group.add_argument
+    add("--epoch-images", type=at_least(1), metavar="N", help="images of an epoch of webdataset's shards")
     add("--epochs", type=at_least(1), metavar="N", help="more are slower and better; 2 give a first look")
     add("--batch-size", type=at_least(1), metavar="N", help="halve it, and --lr with it, if memory runs out")
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
@@ -245,6 +246,5 @@ def add_run_flags(group):
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
-    help_text = "keep the checkpoints after these epochs"
-    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--save-epochs", type=at_least(1), nargs="*", metavar="N", default=[], help="keep these epochs' checkpoints")
     add("--profile", action="store_true", help="also write where the time of ten steps goes")
