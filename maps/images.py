@@ -34,7 +34,7 @@ def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
 def find_split(dataset, name):
     """The dataset's Split of this name. Raises UserError if there is none."""
     if not isinstance(getattr(dataset, name), Split):  # None, or in shards
-        raise UserError(f"--split {name}: {dataset.name} has no {name} images here")
+        raise UserError(f"--split {name}: {dataset.name} has no {'validation' if name == 'val' else 'training'} images here")
     return getattr(dataset, name)
 
 
