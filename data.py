@@ -1,7 +1,6 @@
 """From a dataset's name to its images, classes and splits."""
 
 import hashlib
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -31,8 +30,8 @@ class Split(NamedTuple):
     def pick(self, indices):
         return Split(self.images[indices], self.labels[indices], self.names[indices])
 
-    def hash(self):
-        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache, of labels and files."""
+    def hash(self, name="sha256"):
+        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache as `name`, of labels and files."""
         digest, large = hashlib.sha256(self.labels.numpy().tobytes()), isinstance(self.images, LargeImages)
 
         def whole():
@@ -40,7 +39,7 @@ class Split(NamedTuple):
                 digest.update(Path(part).read_bytes() if large else part)
             return np.frombuffer(digest.digest(), np.uint8)
 
-        return (self.images.cached("sha256", whole) if large else whole()).tobytes().hex()
+        return (self.images.cached(name, whole) if large else whole()).tobytes().hex()
 
 
 class Dataset(NamedTuple):
@@ -48,11 +47,12 @@ class Dataset(NamedTuple):
 
     name: str
     classes: list[str]
-    train: Split
+    train: Split  # or Shards, of webdataset
     val: Split | None
     test: Split
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
+    whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -72,12 +72,17 @@ def count_classes(name, data_dir):
     """The number of classes of a dataset, without reading its images."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
+    if name == "webdataset":
+        from pipeline.shards import find_shards  # only if it is asked for
+
+        return len(find_shards(data_dir)[1])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
     """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
-    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
+    kept = name in ("webdataset", *IMAGENETTES)
+    return isinstance(image_size, int) and (kept or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -88,18 +93,15 @@ def load_dataset(
     image_size,
     channels=3,
     crop_pct=CROP_PCT,
-    val_fraction=0.0,
-    test_fraction=0.2,
-    split_seed=0,
     cache_dir=None,
     dataset_name=None,
+    **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
-    that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
-    is_large, the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises
-    UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
+    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
+    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -122,21 +124,16 @@ def load_dataset(
         key: Split(p if large else resized(p, image_size), torch.as_tensor(y), np.asarray(n))
         for key, (p, y, n) in splits.items()
     }
-    if "all" in splits:
-        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
-        splits = dict(zip(("test", "train"), parts))
-    elif folder and test_fraction != 0.2:  # not the default
-        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
-    if val_fraction:
-        if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
-        splits["val"], splits["train"] = parts
+    whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
+    if "all" in splits or how_to_split:
+        from pipeline.splits import made_splits  # only if splits may have to be made
+
+        splits = made_splits(splits, classes, name, **how_to_split)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
+    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
 
 
 def dataset_of(args, statistics=None):
@@ -144,8 +141,17 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
-    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
-    names += ("dataset_name",)
+    if args.dataset == "webdataset":
+        from pipeline.shards import read_webdataset  # only if it is asked for
+
+        classes, train, splits, seen = read_webdataset(args)
+        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
+        statistics = statistics or channel_statistics(seen)
+        return Dataset(
+            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
+        )
+    names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
@@ -185,19 +191,6 @@ def resized(images, size):
     return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
 
 
-def split_by_class(split, fraction, classes, *, seed, flag):
-    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest."""
-    rng = np.random.default_rng(seed)
-    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (split.labels == label).nonzero()[:, 0].numpy()
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
-        chosen[rng.permutation(members)[:count]] = True
-    return split.pick(chosen), split.pick(~chosen)
-
-
 def channel_statistics(images):
     """Mean and standard deviation of each channel over all pixels, as fractions of 255.
 
@@ -227,6 +220,9 @@ def describe(dataset):
     """One line per split: how many images it has, and how many of each class."""
     lines = []
     for key, split in dataset.splits().items():
+        if split.images is None:
+            lines.append(f"{key:6}{len(split.labels):7,} images per epoch, of {len(split.urls):,} shards")
+            continue
         counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
         if len(set(counts)) == 1:
             each = f"{counts[0]:,} of each of {len(counts)} classes"

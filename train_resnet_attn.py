@@ -13,7 +13,6 @@ import argparse
 from functools import partial
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
@@ -33,7 +32,7 @@ from training.device import Precision, compiled_forward, memory_watched, pick_de
 from training.flags import make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import batches_per_step, train_one_epoch, validate
-from training.optimizer import make_optimizer, make_schedule
+from training.optimizer import make_loss, make_optimizer, make_schedule
 from training.outputs import print_header, print_model, print_summary
 from training.ranks import first_rank_first
 from training.run import Run
@@ -224,7 +223,7 @@ def main(argv=None):
                     model=model,
                     forward=forward,
                     batches=train,
-                    loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
+                    loss_function=make_loss(args, dataset, device),
                     optimizer=optimizer,
                     schedule=schedule,
                     precision=precision,

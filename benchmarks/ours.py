@@ -2,10 +2,8 @@
 
 import itertools
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.scripts import script_module, script_parser
@@ -14,7 +12,7 @@ from pipeline.batches import training_batches
 from training.arguments import Start, complete_arguments, given_arguments
 from training.device import Precision, compiled_forward, keep_freed_memory
 from training.loop import new_sums, train_one_epoch
-from training.optimizer import make_optimizer, make_schedule
+from training.optimizer import make_loss, make_optimizer, make_schedule
 
 PRODUCTS = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
@@ -53,7 +51,7 @@ class Ours:
         self.device, self.steps, self.epochs = device, steps, itertools.count()
         self.forward = compiled_forward(self.model, args, device=device, num_images=len(dataset.train.labels))
         self.batches = training_batches(dataset, args, device)
-        self.optimizer = make_optimizer(args, self.model)
+        self.loss_function, self.optimizer = make_loss(args, dataset, device), make_optimizer(args, self.model)
         self.schedule = make_schedule(args, self.optimizer, steps_per_epoch=self.batches.steps_per_epoch)
         with settings_of_training():
             self.precision = Precision(args.amp, device)
@@ -68,7 +66,7 @@ class Ours:
             model=self.model,
             forward=self.forward,
             batches=self.batches,
-            loss_function=partial(cross_entropy, label_smoothing=self.args.smoothing),
+            loss_function=self.loss_function,
             optimizer=self.optimizer,
             schedule=self.schedule,
             precision=self.precision,

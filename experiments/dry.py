@@ -12,6 +12,7 @@ from experiments.jobs import flags_of, measured_folder, run_folder, start_of
 from experiments.scripts import all_arguments, script_module
 
 TINY_RUN = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
+FOR_NOISE = {"group_by": ("--group-by", ".+"), "folds": ("--folds", "2")}  # in place of what suits a user's files
 SHORT_ROUNDS = ("--rounds", "2", "--seconds", "0.01")
 SHORT_MEASUREMENTS = {
     "benchmarks.train": ("--models", "cct_2_3x2", "--dataset", "shapes", "--batch-size", "2", *SHORT_ROUNDS),
@@ -21,14 +22,13 @@ SHORT_MEASUREMENTS = {
 
 
 def write_noise(folder):
-    """Ten classes of noise images, 32 x 32 pixels: four training and two test images per class."""
+    """Ten classes of five noise images, 32 x 32 pixels, of which one becomes a test image."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for label in range(10):
-            place = folder / split / f"class-{label}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    for label in range(10):
+        place = folder / f"class-{label}"
+        place.mkdir(parents=True)
+        for number in range(5):
+            Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"{number}.png")
 
 
 def implied_flags(row):
@@ -49,6 +49,7 @@ def dry_run(jobs, args):
             if job.seed is not None:
                 run, start = run_folder(job, places), start_of(job)
                 arguments = [*implied_flags(job.row), *job.row.arguments, *TINY_RUN, *data]
+                arguments += [word for flag, words in FOR_NOISE.items() if flag in job.row.given for word in words]
                 arguments += ["--out-dir", str(run.parent), "--run-name", run.name]
                 arguments += ["--init-from", str(run_folder(start, places))] if start else []
             else:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import dataset_of, is_large
+from data import Split, dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
 from pipeline.decoding import both_sides, decode_image, decode_images
@@ -33,8 +33,9 @@ def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
 
 def find_split(dataset, name):
     """The dataset's Split of this name. Raises UserError if there is none."""
-    if getattr(dataset, name) is None:
-        raise UserError(f"--split {name}: {dataset.name} has no validation images here")
+    if not isinstance(getattr(dataset, name), Split):  # None, or in shards
+        kind = "validation" if name == "val" else "training"
+        raise UserError(f"--split {name}: {dataset.name} has no {kind} images here")
     return getattr(dataset, name)
 
 

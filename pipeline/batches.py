@@ -26,11 +26,11 @@ class Batches:
     """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (images, labels).
 
     Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float after mix. The uint8
-    images of the Split lie where place_images puts them; LargeImages come through `crops`, from crop_batches. With a
-    seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step): transform(images,
-    generator) of uint8 images for each of transforms, the same of normalised images for float_transforms, then
-    mix(images, labels), which draws from torch's global generator. Without a seed, images come in order and unchanged.
-    With drop_last, an incomplete last batch is left out, unless it is the only one.
+    images of the Split lie where place_images puts them; LargeImages come through `crops`, from crop_batches, Shards
+    with their labels. With a seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step):
+    transform(images, generator) of uint8 images for each of transforms, the same of normalised images for
+    float_transforms, then mix(images, labels), which draws from torch's global generator. Without a seed, images come
+    in order and unchanged. With drop_last, an incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Batches:
         mix=None,
     ):
         self.crops, self.images = crops, None if crops else place_images(split.images, torch.device(device))
+        self.whole = split.images is not None  # Shards give each of several ranks its part alone
         self.labels = split.labels.to(device)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
@@ -71,7 +72,8 @@ class Batches:
         else:
             uint8_batches = (self.images[part].pin_memory() for part in on_host[start_step:])
         for step, images in enumerate(uint8_batches, start_step):
-            images, labels = images.to(self.device, non_blocking=True), self.labels[indices[step]]
+            images, labels = images if isinstance(images, list | tuple) else (images, self.labels[indices[step]])
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             if self.seed is not None:
                 generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
             for transform in self.transforms:
@@ -132,6 +134,8 @@ def training_batches(dataset, args, device):
             cache_gib=args.cache_gib,
             workers=args.workers,
         )
+    elif dataset.train.images is None:  # in shards
+        crops = dataset.train.by_workers(device)
     return Batches(
         dataset.train,
         batch_size=args.batch_size,

@@ -161,7 +161,11 @@ def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=
         workers = min(os.cpu_count(), 16) if workers is None else workers
         needed, limit = images.num_bytes / 2**30, budget / 2**30
         print(f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them every epoch")
-    crops = Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer)
+    return batches_by_workers(Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer), device, workers)
+
+
+def batches_by_workers(crops, device, workers):
+    """A function from keys to an iterator over crops.cut of each, in `workers` processes, or in this one if it is 0."""
     if not workers:
         return partial(starmap, crops.cut)
     pending = []  # the keys of the epoch under way; the loader's sampler

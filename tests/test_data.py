@@ -7,8 +7,9 @@ import torch
 import torchvision
 from conftest import write_images
 
-from data import Split, count_classes, dataset_of, describe, load_dataset, split_by_class
+from data import Split, count_classes, dataset_of, describe, load_dataset
 from errors import UserError
+from pipeline.splits import split_by_class
 
 
 def test_arguments_of_an_older_checkpoint_take_the_defaults(tmp_path):

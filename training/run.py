@@ -180,9 +180,7 @@ class Run:
             best = open_checkpoint(folder / "best.pt", self.device)
             load_weights(model, evaluated_weights(best), sharded=self.args.fsdp)
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(
-            folder / "result.json", self, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val
-        )
+        result = write_result(self, logits, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val)
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the weights that were averaged last")

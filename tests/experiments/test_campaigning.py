@@ -190,7 +190,9 @@ def test_a_dry_run_takes_what_follows_from_the_dataset_that_it_replaces(tmp_path
 
 def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatch):
     plan = tmp_path / "dry.toml"
-    tiny = "--embed-dim 16 --depth 2 --num-heads 2 --epochs 160 --dataset cifar10"
+    tiny = (
+        "--embed-dim 16 --depth 2 --num-heads 2 --epochs 160 --dataset folder --data-dir photos --folds 9 --group-by x"
+    )
     small = "--recipe survey --width 8 --epochs 30 --image-size 16"
     rows = [
         ("vit", "train_vit.py", tiny, ""),

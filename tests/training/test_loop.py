@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 class ListOfBatches:
     """The loop's side of the contract: steps_per_epoch and batches(epoch, start_step)."""
 
-    device = CPU
+    device, whole = CPU, True
 
     def __init__(self, *batches):
         self.list, self.steps_per_epoch = batches, len(batches)

@@ -1,15 +1,58 @@
-"""The optimisers, and the average of the weights."""
+"""The loss, the optimisers, and the average of the weights."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, one_hot
 
 from errors import UserError
 from models import build_model
-from training.optimizer import MuonWithAdamW, cosine_schedule, make_optimizer, parameter_groups
+from training.optimizer import MuonWithAdamW, cosine_schedule, make_loss, make_optimizer, parameter_groups
 
 SMALL = {"image_size": 16, "num_classes": 3}
+
+
+def loss_of(labels, *, class_weights="balanced", smoothing=0.0, classes=4):
+    dataset = SimpleNamespace(train=SimpleNamespace(labels=torch.tensor(labels)), classes=[*range(classes)])
+    return make_loss(SimpleNamespace(class_weights=class_weights, smoothing=smoothing), dataset, "cpu")
+
+
+RARE = [0] * 5 + [1] * 3 + [2] * 2  # none of class 3, as --overfit may leave it
+LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 1, 2, 0, 2])
+
+
+def test_a_loss_without_weights_is_torchs_own():
+    loss = loss_of(RARE, class_weights="none", smoothing=0.1)
+    assert loss.func is cross_entropy and loss.keywords == {"label_smoothing": 0.1} and not loss.args
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_each_image_has_the_weight_of_its_class(smoothing):
+    """N / (classes x images of the class), as scikit-learn's class_weight="balanced"."""
+    weights = torch.tensor([10 / (4 * 5), 10 / (4 * 3), 10 / (4 * 2), 10 / 4])
+    each = cross_entropy(LOGITS, LABELS, label_smoothing=smoothing, reduction="none")
+    loss = loss_of(RARE, smoothing=smoothing)
+    torch.testing.assert_close(loss(LOGITS, LABELS), (weights[LABELS] * each).sum() / 6)
+    if not smoothing:  # torch's own mean divides by the sum of the weights
+        theirs = cross_entropy(LOGITS, LABELS, weights)
+        torch.testing.assert_close(loss(LOGITS, LABELS), theirs * weights[LABELS].sum() / 6)
+    halves = (loss(LOGITS[:3], LABELS[:3]) + loss(LOGITS[3:], LABELS[3:])) / 2
+    torch.testing.assert_close(loss(LOGITS, LABELS), halves)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_mixed_image_is_the_mix_of_its_losses(smoothing):
+    loss, other = loss_of(RARE, smoothing=smoothing), LABELS.flip(0)
+    mixed = 0.3 * one_hot(LABELS, 4) + 0.7 * one_hot(other, 4)
+    torch.testing.assert_close(loss(LOGITS, mixed), 0.3 * loss(LOGITS, LABELS) + 0.7 * loss(LOGITS, other))
+    torch.testing.assert_close(loss(LOGITS, one_hot(LABELS, 4).float()), loss(LOGITS, LABELS))
+
+
+def test_balanced_classes_need_no_weights():
+    loss, plain = loss_of([0, 1, 2, 3] * 5), loss_of(RARE, class_weights="none")
+    torch.testing.assert_close(loss(LOGITS, LABELS), plain(LOGITS, LABELS))
 
 
 def small_model():

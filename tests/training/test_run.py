@@ -39,7 +39,10 @@ def history(*val_accuracies, lr=0.1):
     ]
 
 
-PLAIN = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "model_ema_decay": 0.0, "swa_start": 0.0, "fsdp": False}
+PLAIN = {
+    **{"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": "none"},
+    **{"model_ema_decay": 0.0, "swa_start": 0.0, "fsdp": False},
+}
 
 
 def small_run(folder, **options):
@@ -171,6 +174,14 @@ def test_curves_mark_where_the_learning_rate_fell(tmp_path, monkeypatch):
             {"smoothing": 0.1},
             {
                 "training loss, label smoothing 0.1": ["train"],
+                "loss (cross entropy)": ["val"],
+                "accuracy (%)": ["train", "val"],
+            },
+        ),
+        (
+            {"class_weights": "balanced"},
+            {
+                "training loss, classes weighted": ["train"],
                 "loss (cross entropy)": ["val"],
                 "accuracy (%)": ["train", "val"],
             },

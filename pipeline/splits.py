@@ -1,0 +1,114 @@
+"""Splits that a dataset does not come with: of every class the same share, and images of one object on one side."""
+
+import re
+import sys
+from functools import partial
+
+import numpy as np
+import torch
+
+from errors import UserError
+
+
+def made_splits(
+    splits, classes, name, *, val_fraction=0.0, test_fraction=0.2, split_seed=0, group_by=None, folds=None, seed=0
+):
+    """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
+
+    By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
+    folds the one of number seed % folds. group_by is that of parts_of_images. Raises UserError if a split is left
+    without a class, or if a value has no effect.
+    """
+    if folds and "all" not in splits:
+        raise UserError(f"--folds {folds}: {name} has test images of its own; --folds needs class folders alone")
+    if group_by and "all" not in splits and not val_fraction:
+        raise UserError(f"--group-by {group_by}: {name} has test images of its own, and there is no --val-fraction")
+    divide = partial(split_by_class, classes=classes, group_by=group_by)
+    if "all" in splits:
+        share, flag = (folds, "--folds") if folds else (test_fraction, "--test-fraction")
+        parts = divide(splits["all"], share, seed=(split_seed, 0), flag=flag, part=seed % (folds or 1))
+        splits = dict(zip(("test", "train"), parts))
+    elif test_fraction != 0.2:  # not the default
+        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
+    if val_fraction:
+        if "val" in splits:
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
+        parts = divide(splits["train"], val_fraction, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
+    return splits
+
+
+def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
+    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
+
+    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of parts_of_images.
+    """
+    if group_by or fraction >= 1:
+        shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
+        parts = parts_of_images(split, shares, classes, seed=seed, flag=f"{flag} {fraction}", group_by=group_by)
+        return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
+    rng = np.random.default_rng(seed)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (split.labels == label).nonzero()[:, 0].numpy()
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
+        chosen[rng.permutation(members)[:count]] = True
+    return split.pick(chosen), split.pick(~chosen)
+
+
+def group_numbers(names, group_by):
+    """(N,) int: files in which a regular expression finds the same text have one number, whatever their class.
+
+    The text is that of its first group in parentheses, or all that it matches if it has none. Raises UserError for an
+    expression that cannot be compiled, and for a file in which it finds nothing.
+    """
+    try:
+        found = [re.search(group_by, name) for name in map(str, names)]
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: not a regular expression ({error})") from error
+    texts = [match and match[min(1, match.re.groups)] for match in found]
+    if None in texts:
+        raise UserError(f"--group-by {group_by}: it finds nothing in {names[texts.index(None)]}")
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def place_groups(counts, shares, rng):
+    """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
+
+    One group after the other, the largest first and equal ones in random order, is placed where chi-square, the sum of
+    (images - expected)^2 / expected over parts and classes, then is least. A class with as many groups as parts is in
+    every part, if they can be separated.
+    """
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    parts, placed = np.empty(len(counts), int), np.zeros((len(shares), counts.shape[1]))
+    totals, left = counts.sum(0), (counts > 0).sum(0)  # (classes,): images, and groups that are not placed yet
+    for group in order:
+        more = counts[group]
+        growth = (2 * placed + more) * more / totals  # (parts, classes): chi-square's, times shares, and a constant
+        cost = (growth + 1e-9 * placed).sum(1) / shares  # (parts,): among equals, the smallest part
+        lacking = placed == 0
+        last_chance = (lacking & (more > 0) & (left <= lacking.sum(0))).any(1)
+        parts[group] = np.where(last_chance, cost - cost.max() - 1, cost).argmin()
+        placed[parts[group]] += more
+        left -= more > 0
+    return parts
+
+
+def parts_of_images(split, shares, classes, *, seed, flag, group_by=None):
+    """(N,) the part of each image of a Split, by place_groups; without group_by each image is a group.
+
+    Raises UserError if a part has no image of a class; flag is what asked for the parts, with its value.
+    """
+    labels, flag = split.labels.numpy(), flag + (f" with --group-by {group_by}" if group_by else "")
+    groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
+    counts = np.zeros((groups.max() + 1, len(classes)), int)
+    np.add.at(counts, (groups, labels), 1)
+    parts = place_groups(counts, np.array(shares), np.random.default_rng(seed))
+    for label, name in enumerate(classes):
+        if len({*parts[counts[:, label] > 0]}) < len(shares):
+            found = f"images: {counts[:, label].sum()}, groups: {(counts[:, label] > 0).sum()}"
+            raise UserError(f"{flag} leaves a split without class {name} ({found})")
+    return parts[groups]
