@@ -8,9 +8,10 @@ from typing import get_args, get_origin
 import torch
 
 from errors import UserError
-from files import write_atomically
+from files import is_first_rank, write_atomically
 from training.archives import read_archive, read_from_outside, write_archive
 from training.outputs import COLUMNS
+from training.ranks import ADDED_BY_RANK, sums_of_all_ranks
 
 FORMAT_VERSION = 1
 
@@ -73,7 +74,7 @@ def make_checkpoint(run):
         "seed": run.args.seed,
         "epoch": run.epoch,
         "step": run.sums["step"],
-        "sums": run.sums,
+        "sums": sums_of_all_ranks(run.sums),
         "history": run.history,
         "args": vars(run.args),
     }
@@ -210,5 +211,6 @@ def restore_training(checkpoint, run):
             raise ValueError(f"{run.epoch} epochs, and a history of {len(run.history)}")
         for name, value in checkpoint["sums"].items():
             name = "images" if name == "pictures" else name  # as older versions called it
-            run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
+            if name not in ADDED_BY_RANK or is_first_rank():  # which has the others' share as well
+                run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
         run.sums["step"] = checkpoint["step"]

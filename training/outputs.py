@@ -167,8 +167,8 @@ def balanced_accuracy(logits, labels):
 def write_result(run, logits, *, test_accuracy, raw, at_best_val):
     """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
 
-    logits (N, classes) are those of the test images; raw is the accuracy of the weights themselves, if averaged ones are
-    evaluated.
+    logits (N, classes) are those of the test images; raw is the test accuracy of the weights themselves, if averaged
+    ones are evaluated.
     """
     args, history, dataset = vars(run.args), run.history, run.dataset
     on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]

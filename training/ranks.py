@@ -125,14 +125,17 @@ def rows_of_all_ranks(values, rows, count):
     return whole
 
 
+ADDED_BY_RANK = ("loss", "correct", "images")  # of new_sums; the rest is the same on all ranks
+
+
 def sums_of_all_ranks(sums):
     """What an epoch has added up (see new_sums), over all ranks."""
-    if rank_and_ranks()[1] > 1:
-        images = torch.tensor(sums["images"])
-        for total in (sums["loss"], sums["correct"], images):
-            dist.all_reduce(total)
-        sums["images"] = images.item()
-    return sums
+    if rank_and_ranks()[1] == 1:
+        return sums
+    totals = {name: torch.as_tensor(sums[name]).clone() for name in ADDED_BY_RANK}
+    for total in totals.values():
+        dist.all_reduce(total)
+    return sums | totals | {"images": totals["images"].item()}
 
 
 def same_buffers(model):

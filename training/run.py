@@ -183,7 +183,7 @@ class Run:
         result = write_result(self, logits, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val)
         print(accuracy_text(result))
         if raw is not None:
-            print(f"test accuracy {raw:.2%} of the weights that were averaged last")
+            print(f"test accuracy {raw:.2%} of the last weights, without averaging")
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
