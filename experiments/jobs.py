@@ -140,7 +140,6 @@ def run_flags(job, args, deadline, weights=None):
 
 def lock_file(folder):
     """The open file whose lock says that a run is being trained (see run_command)."""
-    make_folder(folder.parent)
     return open(folder.with_name(f".{folder.name}.lock"), "w")
 
 
@@ -165,6 +164,7 @@ def do_run(job, args, deadline):
                 return code, None
     finished = folder / "result.json"
     command = run_flags(job, args, deadline, weights)
+    make_folder(folder.parent)
     with lock_file(folder) as lock:
         if is_locked(lock):
             print(f"{job.name} is still trained in {folder}, by another campaign or a killed one's", file=sys.stderr)

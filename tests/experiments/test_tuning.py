@@ -213,9 +213,15 @@ def test_a_trial_of_a_killed_search_is_left_to_its_process_and_then_taken_up(wor
     assert states() == ["COMPLETE"] * 2 and [name for name, _ in calls()].count("trial-1-seed-0") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_search(workplace):
-    """Each trial is done once, and the best values are trained once: a process that comes too late for that says so."""
-    processes = [campaign_process(*TUNE, 10) for _ in range(2)]
+    """Each trial is done once; if both train the best values at once, the second is refused as any campaign is."""
+    Path("p.toml").write_text(PLAN.format("", "--wait 0"))
+    processes = [campaign_process(*TUNE, 10)]
+    wait_for("checkpoints/p/tune-one/trial-0-seed-0/begun", processes[0])
+    processes.append(campaign_process(*TUNE, 10))
+    wait_for("checkpoints/p/tune-one/trial-1-seed-0", processes[1])
+    Path("go").touch()
     said = [process.communicate(timeout=120) for process in processes]
     for process, (_, err) in zip(processes, said, strict=True):
         late = "one-tuned, seed 0 is still trained in checkpoints/p/one-tuned-seed-0, by another campaign" in err
@@ -223,7 +229,9 @@ def test_two_processes_share_one_search(workplace):
     shares = [re.findall(r"--- trial (\d+)", out) for out, _ in said]
     assert sorted(map(int, shares[0] + shares[1])) == list(range(10)) and all(shares)
     assert len({trial.params["good"] for trial in trials()}) == 10 and len(trials()) == 10
-    assert [name for name, _ in calls()].count("one-tuned-seed-0") == 1
+    done = [name for name, _ in calls()]
+    assert all(done.count(f"trial-{number}-seed-0") == 1 for number in range(10)) and "one-tuned-seed-0" in done
+    assert Path("results/p/one-tuned-seed-0.json").exists()
 
 
 def test_a_trial_below_the_median_is_stopped_early(workplace, capfd):
