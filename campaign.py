@@ -2,6 +2,7 @@
 
     python campaign.py plans/cct2-cifar10.toml --minutes 50    stops cleanly; the same command resumes
     python campaign.py plans/*.toml --list                     which results exist, and which are missing
+    python campaign.py mine.toml --tune "lr=1e-4..1e-2"        search the best values of flags, with Optuna
 
 A plan is a TOML file: a title, rows, the number of seeds per row, and the row that the others are compared with.
 
@@ -25,12 +26,14 @@ import shlex
 import sys
 import time
 
+from data import has_validation_images
 from errors import UserError, aligned, command_line, run_script
 from experiments.dry import dry_run
 from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
 from experiments.tables import comparison_table
+from experiments.tuning import tune_plan
 from files import make_folder
 from training.flags import Parser
 from training.values import at_least, positive
@@ -43,6 +46,8 @@ def campaign_parser():
     add("--list", action="store_true", help="show which results exist and which are missing, and stop")
     add("--dry", action="store_true", help="try each row for one epoch of a few images, and keep nothing")
     add("--seeds", type=at_least(1), metavar="N", help="run seeds 0 to N-1 of each row (default: as in the plan)")
+    add("--tune", metavar="RANGES", help='search values of a row, as in "lr=1e-4..1e-2 opt=adamw,muon" (Optuna)')
+    add("--trials", type=at_least(1), metavar="N", default=20, help="number of values that --tune tries")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
@@ -109,6 +114,10 @@ def main(argv=None):
     if args.dry:
         rows = [Job(plan, row, 0) for plan in plans for row in plan.rows]
         return dry_run(rows + [Job(plan, row) for plan in plans for row in plan.measurements], args)
+    again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
+    deadline = began + 60 * args.minutes if args.minutes else math.inf
+    if args.tune is not None and not args.list:
+        plans = tune_plan(plans, args, again, deadline, has_validation_images)
     measured = read_runs(make_folder(args.results))
     found = {plan.name: fitting_runs(plan, measured) for plan in plans}
     if args.list:
@@ -116,8 +125,7 @@ def main(argv=None):
             print(f"{plan.title} ({plan.name})\n{state_table(plan, found, args)}\n")
         return
     jobs = missing_jobs(plans, found, args)
-    again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
-    failed = do_jobs(jobs, found, args, again, deadline=began + 60 * args.minutes if args.minutes else math.inf)
+    failed = do_jobs(jobs, found, args, again, deadline=deadline)
     for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")
     if failed:

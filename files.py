@@ -47,6 +47,7 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    write_atomically(path / ".writable", lambda file: None)
-    (path / ".writable").unlink(missing_ok=True)
+    probe = path / f".writable-{os.getpid()}"  # another process may do the same
+    write_atomically(probe, lambda file: None)
+    probe.unlink(missing_ok=True)
     return path

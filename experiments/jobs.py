@@ -129,6 +129,20 @@ def flags_of(values):
     return [part for flag, value in values.items() if value is not None for part in (flag, str(value))]
 
 
+def run_flags(job, args, deadline, weights=None):
+    """The arguments of a job's run: its row's, and its seed, its folder, its minutes and the weights it starts from."""
+    folder = run_folder(job, args)
+    minutes = None if deadline == math.inf else max(1e-4, (deadline - time.monotonic()) / 60)
+    command = flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
+    command += [*flags_of({"--init-from": weights}), *job.row.arguments]
+    return command + flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
+
+
+def lock_file(folder):
+    """The open file whose lock says that a run is being trained (see run_command)."""
+    return open(folder.with_name(f".{folder.name}.lock"), "w")
+
+
 def do_run(job, args, deadline):
     """Train one seed of a row, or resume it. Returns (exit code, its MeasuredRun in results/, or None if unfinished).
 
@@ -149,12 +163,9 @@ def do_run(job, args, deadline):
             if not run:
                 return code, None
     finished = folder / "result.json"
-    minutes = None if deadline == math.inf else max(1e-4, (deadline - time.monotonic()) / 60)
-    command = flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
-    command += [*flags_of({"--init-from": weights}), *job.row.arguments]
-    command += flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
+    command = run_flags(job, args, deadline, weights)
     make_folder(folder.parent)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+    with lock_file(folder) as lock:
         if is_locked(lock):
             print(f"{job.name} is still trained in {folder}, by another campaign or a killed one's", file=sys.stderr)
             return 2, None

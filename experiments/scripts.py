@@ -65,8 +65,8 @@ def is_locked(file):
     return False
 
 
-def run_command(script, arguments, deadline=math.inf, *, lock=None):
-    """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic().
+def run_command(script, arguments, deadline=math.inf, *, lock=None, hopeless=None):
+    """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic(), or as hopeless().
 
     The script inherits `lock`, an open file, which stays locked until it ends, even if this process is killed before. A
     signal that stops this process is passed on to the script, and raised once the script has ended. The script has
@@ -92,7 +92,8 @@ def run_command(script, arguments, deadline=math.inf, *, lock=None):
             try:
                 process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                if not late and os.name == "posix" and time.monotonic() > deadline:
+                over = time.monotonic() > deadline or (hopeless and hopeless())
+                if not late and os.name == "posix" and over:
                     late = True
                     process.send_signal(signal.SIGTERM)
     finally:
@@ -100,4 +101,4 @@ def run_command(script, arguments, deadline=math.inf, *, lock=None):
             signal.signal(signum, handler)
     if received:
         raise Interrupted(received[0])
-    return None if late else process.returncode
+    return None if late and process.returncode else process.returncode

@@ -177,6 +177,22 @@ def test_patience_ends_a_run_that_does_not_get_better(folder_flags, tmp_path):
         train_vit.main([*folder_flags, "--patience", "2"])
 
 
+def test_skip_test_leaves_the_test_set_shut_until_the_run_is_resumed(folder_flags, tmp_path, monkeypatch, capsys):
+    flags, folder = [*folder_flags, "--val-fraction", "0.2"], tmp_path / "runs" / "shut"
+    whole = train_vit.main([*flags, "--run-name", "whole"])
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run.validate", None)  # of the test images; the epochs have their own
+        assert train_vit.main([*flags, "--run-name", "shut", "--skip-test"]) is None
+    said = capsys.readouterr().out
+    assert f"validation accuracy {whole['val_accuracy']:.2%}; the test set stays shut" in said
+    assert "test accuracy" not in said
+    assert not {"result.json", "predictions.npz"} & {path.name for path in folder.iterdir()}
+    assert train_vit.main(["--resume", str(folder)])["test_accuracy"] == whole["test_accuracy"]
+    with pytest.raises(UserError, match="--skip-test needs validation images: --val-fraction 0.1"):
+        train_vit.main([*folder_flags, "--skip-test"])
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(folder_flags, tmp_path, monkeypatch):
     original = models.vit.VisionTransformer.forward
     calls = []

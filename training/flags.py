@@ -24,7 +24,8 @@ FLAG_KINDS = {
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
-    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
+    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "skip_test"), "start"),
+    **dict.fromkeys(("summary", "help", "help_all"), "start"),
 }
 
 
@@ -204,6 +205,7 @@ def add_run_flags(group):
     add("--resume", metavar="RUN", help="a run's folder to resume; auto: resume if it exists, else start it")
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    add("--skip-test", action="store_true", help="leave the test set shut: choose on validation images first")
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
     add("--save-epochs", type=at_least(1), nargs="*", metavar="N", default=[], help="keep these epochs' checkpoints")
     add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower")

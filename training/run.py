@@ -53,8 +53,7 @@ class Run:
         self.average = make_average(model, self.args)
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
-        self.epoch, self.sums, self.history = 0, new_sums(self.device), []
-        self.first_epoch = 0
+        self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -76,10 +75,11 @@ class Run:
         """Restore a checkpoint, or clear the folder for a new run.
 
         Raises UserError if the images are not those of the run to resume, if the folder cannot be written, and for
-        --patience without validation images.
+        --patience and --skip-test without validation images.
         """
-        if self.args.patience and not self.dataset.val:
-            raise UserError(f"--patience {self.args.patience} needs validation images: --val-fraction 0.1")
+        needing = "--skip-test" if self.args.skip_test else f"--patience {self.args.patience}"
+        if (self.args.skip_test or self.args.patience) and not self.dataset.val:
+            raise UserError(f"{needing} needs validation images: --val-fraction 0.1")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
@@ -143,9 +143,7 @@ class Run:
         self.history.append(row)
         self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
 
-        names = []
-        if is_best(self.history, "val_accuracy"):
-            names.append("best.pt")
+        names = ["best.pt"] if is_best(self.history, "val_accuracy") else []
         if row["val_accuracy"] is None and is_best(self.history, "test_accuracy"):
             names.append("best_on_test.pt")  # the report's choice, which is no result
         if self.epoch in self.args.save_epochs:
@@ -165,12 +163,15 @@ class Run:
     def finish(self, test):
         """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
 
-        Prints what the folder holds, and returns what result.json holds.
+        Prints what the folder holds, and returns what result.json holds; with --skip-test, does none of this.
         """
         if self.epoch < self.args.epochs:
             print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
+        if self.args.skip_test:
+            leave_ranks()
+            return print(f"validation accuracy {self.history[-1]['val_accuracy']:.2%}; the test set stays shut")
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         averaged = model is not self.model

@@ -57,6 +57,7 @@ def small_run(folder, **options):
         "sched": "multistep",
         "save_epochs": [1, 3],
         "patience": None,
+        "skip_test": False,
     }
     start = Start("train_vit.py", {"linear": ()}, Namespace(**PLAIN | args | {"model": "linear"} | options), folder)
     return Run(
