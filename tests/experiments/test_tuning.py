@@ -90,7 +90,8 @@ def workplace(tmp_path, monkeypatch):
     """A folder to be in, with train_fake.py and p.toml, a plan of one row for it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(tmp_path), os.environ["PYTHONPATH"]]))
+    paths = [str(REPOSITORY), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setitem(scripts.SCRIPTS, "train_fake.py", "fake_parser")
     Path("train_fake.py").write_text(FAKE_SCRIPT)
     Path("p.toml").write_text(PLAN.format("", ""))
