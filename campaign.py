@@ -26,6 +26,7 @@ import time
 
 from errors import UserError, aligned, command_line, run_script
 from experiments.dry import dry_run
+from experiments.engines import ENGINES, do_jobs_on_cluster, key_values
 from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
@@ -42,6 +43,8 @@ def campaign_parser():
     add("--dry", action="store_true", help="try each row for one epoch of a few images, and keep nothing")
     add("--seeds", type=at_least(1), metavar="N", help="run seeds 0 to N-1 of each row (default: as in the plan)")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    add("--engine", choices=ENGINES, help="do the runs on a cluster: submitit for SLURM, or ray")
+    add("--engine-options", type=key_values, default={}, metavar="TEXT", help="what a run needs, say 'num_gpus=1'")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
     add("--out-dir", metavar="DIR", default="checkpoints", help="runs are written to DIR/PLAN")
@@ -103,6 +106,10 @@ def main(argv=None):
     """Do the missing runs of the plans; raises UserError at the end if any of them failed."""
     began = time.monotonic()
     args = campaign_parser().parse_args(argv)
+    if not args.engine and args.engine_options:
+        raise UserError(f"--engine-options needs --engine {' or '.join(ENGINES)}")
+    if args.engine and (args.list or args.dry):
+        raise UserError(f"--engine {args.engine} and {'--list' if args.list else '--dry'} exclude each other")
     plans = list({plan.name: plan for plan in map(read_plan, args.plans)}.values())
     if args.dry:
         rows = [Job(plan, row, 0) for plan in plans for row in plan.rows]
@@ -115,7 +122,8 @@ def main(argv=None):
         return
     jobs = missing_jobs(plans, found, args)
     again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
-    failed = do_jobs(jobs, found, args, again, deadline=began + 60 * args.minutes if args.minutes else math.inf)
+    deadline = began + 60 * args.minutes if args.minutes else math.inf
+    failed = (do_jobs_on_cluster if args.engine else do_jobs)(jobs, found, args, again, deadline=deadline)
     for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")
     if failed:

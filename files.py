@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from errors import UserError
@@ -37,8 +38,7 @@ def make_folder(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is unique: other runs may try at the same time
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    write_atomically(path / ".writable", lambda file: None)
-    (path / ".writable").unlink()
     return path

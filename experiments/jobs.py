@@ -129,6 +129,12 @@ def flags_of(values):
     return [part for flag, value in values.items() if value is not None for part in (flag, str(value))]
 
 
+def open_lock(folder):
+    """The file whose lock (see is_locked) a run holds while it is trained."""
+    make_folder(folder.parent)
+    return open(folder.with_name(f".{folder.name}.lock"), "w")
+
+
 def do_run(job, args, deadline):
     """Train one seed of a row, or resume it. Returns (exit code, its MeasuredRun in results/, or None if unfinished).
 
@@ -153,13 +159,14 @@ def do_run(job, args, deadline):
     command = flags_of({"--device": args.device, "--data-dir": args.data_dir, "--minutes": minutes})
     command += [*flags_of({"--init-from": weights}), *job.row.arguments]
     command += flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
-    make_folder(folder.parent)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        if is_locked(lock):
+    with open_lock(folder) as lock:
+        while (busy := is_locked(lock)) and args.engine:  # a run that lost its worker, or another row's trunk
+            time.sleep(1)
+        if busy:
             print(f"{job.name} is still trained in {folder}, by another campaign or a killed one's", file=sys.stderr)
             return 2, None
         command += ["--overwrite"] if is_replaced(job, folder) else ["--resume", "auto"]
-        code = run_command(job.row.script, command, lock=lock)
+        code = run_command(job.row.script, command, lock=lock, stop_once=bool(args.engine))
     if code or not finished.exists():
         return code or 0, None
     target = result_file(job, args)
