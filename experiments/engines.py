@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 import time
-from pathlib import Path
 
 from errors import UserError, import_optional
 from experiments.jobs import do_job, open_lock, run_folder, start_of
@@ -26,6 +25,7 @@ def key_values(text):
 def do_on_worker(job, args, folder):
     """do_job on a worker, which sees the files of `folder`, where campaign.py runs, under the same path."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray stops a task by it; ignored if nohup started Ray
     return do_job(job, args, math.inf)
 
 
@@ -107,7 +107,7 @@ def do_jobs_on_cluster(jobs, found, args, again, *, deadline):
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} measurements are left to a campaign without --engine")
     try:
-        submit, cancel = ENGINES[args.engine](Path(args.out_dir, args.engine), dict(args.engine_options))
+        submit, cancel = ENGINES[args.engine](os.path.join(args.out_dir, args.engine), dict(args.engine_options))
     except (AssertionError, ConnectionError, NameError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--engine {args.engine}: {' '.join(str(error).split())}") from error
     with StopRequests() as stop:
