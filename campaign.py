@@ -29,6 +29,7 @@ import time
 from data import has_validation_images
 from errors import UserError, aligned, command_line, run_script
 from experiments.dry import dry_run
+from experiments.engines import ENGINES, do_jobs_on_cluster, key_values
 from experiments.jobs import Job, do_job, expected_minutes, measurement_file, missing_jobs, wanted_seeds
 from experiments.plans import fitting_runs, plan_pairs, read_plan
 from experiments.runs import read_runs
@@ -49,6 +50,8 @@ def campaign_parser():
     add("--tune", metavar="RANGES", help='search values of a row, as in "lr=1e-4..1e-2 opt=adamw,muon" (Optuna)')
     add("--trials", type=at_least(1), metavar="N", default=20, help="number of values that --tune tries")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    add("--engine", choices=ENGINES, help="do the runs on a cluster: submitit for SLURM, or ray")
+    add("--engine-options", type=key_values, default={}, metavar="TEXT", help="what a run needs, say 'num_gpus=1'")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     add("--data-dir", metavar="DIR", help="where the images are, or are downloaded to (default: datasets)")
     add("--out-dir", metavar="DIR", default="checkpoints", help="runs are written to DIR/PLAN")
@@ -110,13 +113,18 @@ def main(argv=None):
     """Do the missing runs of the plans; raises UserError at the end if any of them failed."""
     began = time.monotonic()
     args = campaign_parser().parse_args(argv)
+    if not args.engine and args.engine_options:
+        raise UserError(f"--engine-options needs --engine {' or '.join(ENGINES)}")
+    modes = [f"--{name}" for name in ("list", "dry", "tune", "engine") if getattr(args, name) not in (None, False)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other")
     plans = list({plan.name: plan for plan in map(read_plan, args.plans)}.values())
     if args.dry:
         rows = [Job(plan, row, 0) for plan in plans for row in plan.rows]
         return dry_run(rows + [Job(plan, row) for plan in plans for row in plan.measurements], args)
     again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
     deadline = began + 60 * args.minutes if args.minutes else math.inf
-    if args.tune is not None and not args.list:
+    if args.tune is not None:
         plans = tune_plan(plans, args, again, deadline, has_validation_images)
     measured = read_runs(make_folder(args.results))
     found = {plan.name: fitting_runs(plan, measured) for plan in plans}
@@ -125,7 +133,7 @@ def main(argv=None):
             print(f"{plan.title} ({plan.name})\n{state_table(plan, found, args)}\n")
         return
     jobs = missing_jobs(plans, found, args)
-    failed = do_jobs(jobs, found, args, again, deadline=deadline)
+    failed = (do_jobs_on_cluster if args.engine else do_jobs)(jobs, found, args, again, deadline=deadline)
     for plan in (plan for plan in plans if plan.rows):
         print(f"\n{plan.title} ({plan.name})\n{comparison_table(plan_pairs(plan, found[plan.name]))}")
     if failed:

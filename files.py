@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from errors import UserError
@@ -45,9 +46,7 @@ def make_folder(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is unique: other runs may try at the same time
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    probe = path / f".writable-{os.getpid()}"  # another process may do the same
-    write_atomically(probe, lambda file: None)
-    probe.unlink(missing_ok=True)
     return path

@@ -138,8 +138,9 @@ def run_flags(job, args, deadline, weights=None):
     return command + flags_of({"--seed": job.seed, "--out-dir": folder.parent, "--run-name": folder.name})
 
 
-def lock_file(folder):
-    """The open file whose lock says that a run is being trained (see run_command)."""
+def open_lock(folder):
+    """The file whose lock (see is_locked) a run holds while it is trained."""
+    make_folder(folder.parent)
     return open(folder.with_name(f".{folder.name}.lock"), "w")
 
 
@@ -164,13 +165,14 @@ def do_run(job, args, deadline):
                 return code, None
     finished = folder / "result.json"
     command = run_flags(job, args, deadline, weights)
-    make_folder(folder.parent)
-    with lock_file(folder) as lock:
-        if is_locked(lock):
+    with open_lock(folder) as lock:
+        while (busy := is_locked(lock)) and args.engine:  # a run that lost its worker, or another row's trunk
+            time.sleep(1)
+        if busy:
             print(f"{job.name} is still trained in {folder}, by another campaign or a killed one's", file=sys.stderr)
             return 2, None
         command += ["--overwrite"] if is_replaced(job, folder) else ["--resume", "auto"]
-        code = run_command(job.row.script, command, lock=lock)
+        code = run_command(job.row.script, command, lock=lock, stop_once=bool(args.engine))
     if code or not finished.exists():
         return code or 0, None
     target = result_file(job, args)

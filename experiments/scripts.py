@@ -65,15 +65,21 @@ def is_locked(file):
     return False
 
 
-def run_command(script, arguments, deadline=math.inf, *, lock=None, hopeless=None):
+def project_path():
+    """PYTHONPATH for a process that imports from this project; its working folder may be another one."""
+    project = str(Path(importlib.util.find_spec("errors").origin).parent)
+    return os.pathsep.join([project, os.environ.get("PYTHONPATH", project)])
+
+
+def run_command(script, arguments, deadline=math.inf, *, lock=None, hopeless=None, stop_once=False):
     """The exit code of a script; None if it was stopped at the deadline, a value of time.monotonic(), or as hopeless().
 
     The script inherits `lock`, an open file, which stays locked until it ends, even if this process is killed before. A
     signal that stops this process is passed on to the script, and raised once the script has ended. The script has
-    a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving.
+    a session of its own: otherwise Ctrl-C would reach it twice, and the second one ends it without saving. With
+    stop_once, the first signal alone is passed on: clusters send several.
     """
-    project = str(Path(importlib.util.find_spec("errors").origin).parent)  # the working folder may be another one
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", project)])}
+    environment = os.environ | {"PYTHONPATH": project_path()}
     command = [sys.executable, "-P", "-m", script.removesuffix(".py"), *arguments]
     inherited = [lock.fileno()] if lock and fcntl else []
     process = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=inherited)
@@ -81,7 +87,7 @@ def run_command(script, arguments, deadline=math.inf, *, lock=None, hopeless=Non
 
     def pass_on(signum, frame):
         received.append(signum)
-        if os.name == "posix":  # on Windows, Ctrl-C reaches the command anyway
+        if os.name == "posix" and not (stop_once and received[1:]):  # on Windows, Ctrl-C reaches the command anyway
             process.send_signal(signal.SIGTERM)
 
     stops = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

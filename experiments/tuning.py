@@ -5,7 +5,7 @@ import shlex
 import time
 
 from errors import UserError, aligned, import_optional
-from experiments.jobs import Job, lock_file, run_flags, run_folder
+from experiments.jobs import Job, open_lock, run_flags, run_folder
 from experiments.scripts import all_arguments, is_locked, run_command, script_parser
 from files import make_folder
 from training.arguments import as_flag, given_arguments
@@ -59,14 +59,14 @@ def trial_job(plan, number):
 def next_trial(study, plan, ranges, args):
     """(a trial that was stopped, or a new one; its lock, held); None if none is left for this process."""
     optuna = import_optional("optuna")
-    with lock_file(run_folder(trial_job(plan, 0), args).with_name("study")) as choosing:
+    with open_lock(run_folder(trial_job(plan, 0), args).with_name("study")) as choosing:
         while is_locked(choosing):
             time.sleep(0.1)
         trials = study.get_trials(deepcopy=False)
         numbers = [trial.number for trial in trials if trial.state.name == "RUNNING"]
         new = sum(trial.state.name != "FAIL" for trial in trials) < args.trials
         for number in numbers + [len(trials)] * new:
-            lock = lock_file(run_folder(trial_job(plan, number), args))
+            lock = open_lock(run_folder(trial_job(plan, number), args))
             # another process may have finished it since the trials were read
             if not is_locked(lock) and (number == len(trials) or study.trials[number].state.name == "RUNNING"):
                 # with one seed for all, a second process and a resumed search would draw the first values again

@@ -113,6 +113,10 @@ def test_commands_run(command, inside, monkeypatch):
         gradio = pytest.importorskip("gradio")
         monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: None)
     elif script == "campaign.py":
+        if "--engine" in argv:  # tests/experiments/test_engines.py starts engines
+            assert importlib.import_module("campaign").campaign_parser().parse_args(argv).engine
+            argv = argv[: argv.index("--engine")]
+        argv = argv[: argv.index("--tune")] if "--tune" in argv else argv  # tests/experiments/test_tuning.py tunes
         argv += ["--list", "--device", "cpu"]
     main(argv)
     return None
@@ -145,6 +149,18 @@ def test_plans_can_be_read(inside):
     for text in PLANS:
         Path("documented.toml").write_text(text)
         assert read_plan("documented.toml").rows
+
+
+def test_the_task_for_skypilot_is_yaml_and_runs_commands_of_this_page():
+    yaml = pytest.importorskip("yaml")
+    [block] = [dedent(block) for page, block in BLOCKS if page.name == "machines.md" and "accelerators:" in block]
+    task = yaml.safe_load(block)
+    assert task.keys() == {"workdir", "resources", "file_mounts", "setup", "run"} and task["resources"]["use_spot"]
+    [folder] = task["file_mounts"]
+    for command in task["run"].splitlines():
+        assert command in COMMANDS  # test_commands_run parses it
+        assert f"--out-dir {folder}/" in command and f"--results {folder}/" in command
+    assert Path(task["setup"].split()[-1]).exists()
 
 
 def test_flags_exist():

@@ -90,7 +90,7 @@ def test_two_processes_train_as_one(images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--fsdp", "--opt", "adamw"]], ids=["DDP", "FSDP"])
 def test_a_last_batch_of_one_image_and_runs_that_change_hands(images, tmp_path, flags):
-    """CCT: 41 images, so one rank has none in the last step. Stopped by its limit, resumed by another number of ranks."""
+    """CCT, 41 images: in the last step one rank has none. Stopped, resumed by another number of ranks."""
     model = ["--opt", "adamw", "--batch-size", "10", "--save-minutes", "1000"]
     images41 = tmp_path / "pets"
     write_images(images41 / "train", classes=("ant",), count=21)
