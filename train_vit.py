@@ -39,7 +39,7 @@ from training.flags import at_least, fraction, make_parser, name_or_class
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_average, make_optimizer, make_schedule
-from training.outputs import print_header, print_model, print_summary
+from training.outputs import print_header, print_lr, print_model, print_summary
 from training.run import Run
 
 REPORT = {
@@ -194,27 +194,26 @@ def main(argv=None):
     average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
     run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, average=average, precision=precision)
+    train_epoch = partial(
+        train_one_epoch,
+        model=model,
+        forward=forward,
+        batches=train,
+        loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
+        optimizer=optimizer,
+        precision=precision,
+        seed=args.seed,
+        clip_grad=args.clip_grad,
+    )
+    if args.find_lr:
+        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_one_epoch(
-                    model=model,
-                    forward=forward,
-                    batches=train,
-                    loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
-                    optimizer=optimizer,
-                    schedule=schedule,
-                    precision=precision,
-                    seed=args.seed,
-                    epoch=epoch,
-                    sums=run.sums,
-                    clip_grad=args.clip_grad,
-                    average=average,
-                    after_step=watch,
-                )
+                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=average, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
             evaluate = partial(validate, model=run.evaluated_model, precision=precision)

@@ -1,13 +1,15 @@
 """How the defaults, a recipe, the command line and a resumed run combine to the arguments of a run."""
 
 import argparse
+import json
 import time
 from typing import NamedTuple
 
 from errors import UserError
 from training.checkpoint import image_shape, load_checkpoint
 from training.flags import flag_kind, is_own_class
-from training.run import choose_folder, finished_result
+from training.outputs import accuracy_text
+from training.run import choose_folder
 
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
@@ -69,6 +71,8 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
+    if "find_lr" in given and (others := [name for name in ("summary", "resume", "overwrite") if name in given]):
+        raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):
@@ -92,6 +96,19 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     if result := finished_result(folder):
         return start._replace(result=result)
     return start._replace(args=args, folder=folder, checkpoint=checkpoint)
+
+
+def finished_result(folder):
+    """A finished run's results, printed and returned; None if it is not finished."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        print(f"{folder} is finished: {accuracy_text(result)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
+    return result
 
 
 def given_arguments(parser, argv):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+from functools import partial
 
 from errors import UserError, command_line
 
@@ -15,15 +16,16 @@ ESSENTIAL = {
     *("attention", "freeze"),
 }
 
-# What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
-# differ in it are not of one group.
+# What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(("log", "log_steps"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
-    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
+    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes"), "start"),
+    **dict.fromkeys(("summary", "find_lr", "help", "help_all"), "start"),
 }
 
 
@@ -34,9 +36,6 @@ def flag_kind(name):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Appends each flag's default to its help."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
 
     def _get_help_string(self, action):
         default = action.default
@@ -50,7 +49,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        formatter = partial(HelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
     def parse_args(self, args=None, namespace=None):
         return super().parse_args(command_line() if args is None else args, namespace)
@@ -148,6 +148,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
+    add("--find-lr", action="store_true", help="sweep the learning rate in short runs, suggest one, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
@@ -163,8 +164,7 @@ def add_data_flags(group, datasets):
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
     help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
     add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
-    help_text = "1 reads a folder in grey, 3 in colour"
-    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help="1 reads a folder in grey, 3 in colour")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
@@ -244,6 +244,7 @@ def add_run_flags(group):
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
-    help_text = "keep the checkpoints after these epochs"
-    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help="keep their checkpoints")
+    add("--log", choices=("tensorboard", "wandb", "trackio"), nargs="*", default=[], help="log to these as well")
+    add("--log-steps", action="store_true", help="log each step as well, to steps.csv and to those of --log")
     add("--profile", action="store_true", help="also write where the time of ten steps goes")

@@ -10,11 +10,12 @@ from seeding import seed_for
 def new_sums(device):
     """What an epoch adds up, from its first step.
 
-    On the device: the loss summed over images, the number of correct ones, and the first step whose loss is not finite,
-    with its learning rate. On the host: steps, images, seconds, and the last step's learning rate.
+    On the device: the loss summed over images, that of the last step, the number of correct images, and the first step
+    whose loss is not finite, with its learning rate. On the host: steps, images, seconds, and the last learning rate.
     """
     return {
         "loss": torch.zeros((), device=device),
+        "last_loss": torch.zeros((), device=device),
         "correct": torch.zeros((), dtype=torch.int64, device=device),
         "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
         "bad_lr": torch.zeros((), device=device),
@@ -79,6 +80,7 @@ def train_one_epoch(
 def add_step(sums, loss, logits, labels, *, lr):
     """Add one step to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
     sums["loss"] += loss * len(labels)
+    sums["last_loss"] = loss
     hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
     sums["correct"] += (logits.argmax(1) == hard_labels).sum()
     sums["images"] += len(labels)

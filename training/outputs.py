@@ -55,6 +55,16 @@ def print_summary(table, args):
     print(f"its learning rate: {path}")
 
 
+def print_lr(run, train_epoch):
+    """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
+    from training.find_lr import draw_sweeps, find_lr  # only if it is asked for
+
+    rates, sweeps = find_lr(run, train_epoch)
+    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
+    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
+    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
+
+
 def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))

@@ -3,7 +3,6 @@
 import copy
 import datetime
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -41,7 +40,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
     *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
     *("model.onnx", "model.pt2", "model.safetensors"),
 )
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, "curves.png", "predictions.npz", "split.csv", "result.json")
 WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
 
 
@@ -64,7 +64,7 @@ def choose_folder(given, *, default_name, default_dir):
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.get("overwrite"):
+    if is_taken(folder) and not given.keys() & {"overwrite", "summary", "find_lr"}:
         if "run_name" in given:
             raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)
@@ -84,22 +84,9 @@ def prepare_folder(folder, *, resuming):
     for pattern in WRITTEN if not resuming else ():
         for path in folder.glob(pattern):
             path.unlink()
-    for below in (folder / "maps", folder / "predict") if not resuming else ():
+    for below in (folder / "maps", folder / "predict", folder / "tensorboard") if not resuming else ():
         if below.is_dir() and not any(below.iterdir()):
             below.rmdir()
-
-
-def finished_result(folder):
-    """A finished run's results, printed and returned; None if it is not finished."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text())
-        print(f"{folder} is finished: {accuracy_text(result)}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
-    return result
 
 
 class Run:
@@ -117,8 +104,8 @@ class Run:
         self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
-        self.epoch, self.sums, self.history = 0, new_sums(self.device), []
-        self.first_epoch = 0
+        self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
+        self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -140,7 +127,13 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
+        if self.args.log or self.args.log_steps:
+            from training.loggers import RunLog  # only if it is asked for
+
+            self.log = RunLog(self)
         prepare_folder(self.folder, resuming=checkpoint is not None)
+        if self.log:
+            self.log.open()
         if self.args.dataset == "folder" or self.args.val_fraction:
             write_split(self.folder / "split.csv", self.dataset)
 
@@ -158,6 +151,8 @@ class Run:
         if self.history:
             write_log(self.folder / "log.csv", self.history)
             draw_curves(self.folder / "curves.png", self.history, self.args)
+        if self.log:
+            self.log.send()
         # last: a run killed before this line resumes from the previous last.pt and writes the files above again
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
         self.last_writing = time.monotonic()
@@ -168,6 +163,8 @@ class Run:
         self.write()
         command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        if self.log:
+            self.log.close()
         stop.end()
 
     def out_of_patience(self):
@@ -195,6 +192,8 @@ class Run:
                 raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
+        if self.log:
+            self.log.add(row)
         self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
 
         names = []
@@ -233,12 +232,13 @@ class Run:
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
         result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
         print(accuracy_text(result))
+        if self.log:
+            self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
             print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
-        for path in sorted(folder.iterdir()):
-            print(f"  {path}")
+        print(*(f"  {path}" for path in sorted(folder.iterdir())), sep="\n")
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
         print(f"draw {where} {folder}{self.attention_again}")
