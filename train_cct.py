@@ -31,9 +31,9 @@ from training.arguments import start_run
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import make_parser
 from training.interrupt import StopRequests, Watch
-from training.loop import batches_per_step, train_one_epoch, validate
+from training.loop import train_one_epoch, validate
 from training.optimizer import make_loss, make_optimizer, make_schedule
-from training.outputs import print_header, print_model, print_summary
+from training.outputs import print_header, print_lr, print_model, print_summary
 from training.ranks import first_rank_first
 from training.run import Run
 from training.values import fraction, name_or_class
@@ -147,29 +147,28 @@ def main(argv=None):
     optimizer = make_optimizer(args, model)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
     run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, precision=precision)
+    train_epoch = partial(
+        train_one_epoch,
+        model=model,
+        forward=forward,
+        batches=train,
+        loss_function=make_loss(args, dataset, device),
+        optimizer=optimizer,
+        precision=precision,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        clip_grad=args.clip_grad,
+        clip_value=args.clip_value,
+    )
+    if args.find_lr:
+        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_one_epoch(
-                    model=model,
-                    forward=forward,
-                    batches=train,
-                    loss_function=make_loss(args, dataset, device),
-                    optimizer=optimizer,
-                    schedule=schedule,
-                    precision=precision,
-                    seed=args.seed,
-                    epoch=epoch,
-                    sums=run.sums,
-                    accumulate=batches_per_step(args.accumulate, epoch),
-                    clip_grad=args.clip_grad,
-                    clip_value=args.clip_value,
-                    average=run.average,
-                    after_step=watch,
-                )
+                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=run.average, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
             evaluate = partial(validate, model=run.model_to_evaluate(train), precision=precision)

@@ -11,7 +11,7 @@ from errors import UserError
 from experiments.jobs import flags_of, measured_folder, run_folder, start_of
 from experiments.scripts import all_arguments, script_module
 
-TINY_RUN = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0")
+TINY_RUN = ("--dataset", "folder", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", "--workers", "0", "--log")
 FOR_NOISE = {"group_by": ("--group-by", ".+"), "folds": ("--folds", "2")}  # in place of what suits a user's files
 SHORT_ROUNDS = ("--rounds", "2", "--seconds", "0.01")
 SHORT_MEASUREMENTS = {

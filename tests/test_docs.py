@@ -96,6 +96,8 @@ def test_commands_run(command, inside, monkeypatch):
     if script in ("lesson/vit.py", "colab/bundle.py"):  # they have tests of their own
         return None
     main = importlib.import_module(script.removesuffix(".py")).main
+    if "--log" in argv:
+        pytest.importorskip(argv[argv.index("--log") + 1])
     if script in TRAINING and not {"--help", "--help-all"} & set(argv):
         if "--run-name" in argv and "auto" not in argv:
             argv += ["--overwrite"]

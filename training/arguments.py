@@ -81,6 +81,8 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
+    if "find_lr" in given and (others := [name for name in ("summary", "resume", "overwrite") if name in given]):
+        raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):

@@ -76,6 +76,7 @@ def make_checkpoint(run):
         "step": run.sums["step"],
         "sums": sums_of_all_ranks(run.sums),
         "history": run.history,
+        "log_id": run.log_id,
         "args": vars(run.args),
     }
 
@@ -206,7 +207,7 @@ def restore_training(checkpoint, run):
         run.schedule.load_state_dict(checkpoint["schedule"])
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])
-        run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
+        run.epoch, run.history, run.log_id = checkpoint["epoch"], checkpoint["history"], checkpoint.get("log_id")
         if run.epoch != len(run.history):
             raise ValueError(f"{run.epoch} epochs, and a history of {len(run.history)}")
         for name, value in checkpoint["sums"].items():

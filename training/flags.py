@@ -16,16 +16,16 @@ ESSENTIAL = {
     *("attention", "freeze"),
 }
 
-# What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
-# differ in it are not of one group.
+# What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(("log", "log_steps"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "skip_test"), "start"),
-    **dict.fromkeys(("summary", "help", "help_all"), "start"),
+    **dict.fromkeys(("summary", "find_lr", "help", "help_all"), "start"),
 }
 
 
@@ -98,6 +98,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
+    add("--find-lr", action="store_true", help="sweep the learning rate in short runs, suggest one, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
@@ -211,4 +212,6 @@ def add_run_flags(group):
     add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower")
     add("--fsdp", action="store_true", help="with torchrun: divide weights and optimiser among GPUs (FSDP2)")
     add("--sync-bn", action="store_true", help="with torchrun: BatchNorm sees the whole batch")
+    add("--log", choices=("tensorboard", "wandb", "trackio"), nargs="*", default=[], help="log to these as well")
+    add("--log-steps", action="store_true", help="log each step as well, to steps.csv and to those of --log")
     add("--profile", action="store_true", help="also write where the time of ten steps goes")

@@ -14,7 +14,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
     *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
     *("model.onnx", "model.pt2", "model.safetensors"),
 )
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
+LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, "curves.png", "predictions.npz", "split.csv", "result.json")
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -36,7 +37,7 @@ def choose_folder(given, *, default_name, default_dir):
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.get("overwrite"):
+    if is_taken(folder) and not given.keys() & {"overwrite", "summary", "find_lr"}:
         if "run_name" in given:
             raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)
@@ -58,7 +59,7 @@ def prepare_folder(folder, *, resuming):
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()
-    for below in (folder / "maps", folder / "predict"):
+    for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if below.is_dir() and not any(below.iterdir()):
             below.rmdir()
 

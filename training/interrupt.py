@@ -121,6 +121,7 @@ class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(sums)`; True asks it to stop.
 
     A few times per second it reads the sums from the device and shows them in a bar. Every --save-minutes it saves.
+    With --log-steps it notes each step, and reads their losses at these times.
     With --profile it profiles the first epoch. Raises UserError, with the epoch, the step and the learning rate, if the
     loss was not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
     """
@@ -159,6 +160,8 @@ class Watch:
         self.last_step = now
         if self.profiler:
             self.profiler.step()
+        if self.run.log:
+            self.run.log.note(sums)
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
@@ -175,6 +178,8 @@ class Watch:
 
     def refresh(self, sums):
         """Wait for the device; update the bar, or raise if the loss was not finite."""
+        if self.run.log:
+            self.run.log.fetch()
         bad_step = sums["bad_step"].item()
         if bad_step >= 0:
             raise UserError(

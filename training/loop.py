@@ -19,11 +19,12 @@ from training.values import as_epoch_and_count
 def new_sums(device):
     """What an epoch adds up, from its first step.
 
-    On the device: the loss summed over images, the number of correct ones, and the first step whose loss is not finite,
-    with its learning rate. On the host: steps, images, seconds, and the last step's learning rate.
+    On the device: the loss summed over images, that of the last step, the number of correct images, and the first step
+    whose loss is not finite, with its learning rate. On the host: steps, images, seconds, and the last learning rate.
     """
     return {
         "loss": torch.zeros((), device=device),
+        "last_loss": torch.zeros((), device=device),
         "correct": torch.zeros((), dtype=torch.int64, device=device),
         "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
         "bad_lr": torch.zeros((), device=device),
@@ -51,7 +52,7 @@ def train_one_epoch(
     seed,
     epoch,
     sums,
-    accumulate=1,
+    accumulate=("1",),
     clip_grad=None,
     clip_value=None,
     average=None,
@@ -60,15 +61,15 @@ def train_one_epoch(
     """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
     forward(images) gives the logits, in place of the model itself, if it is compiled or shared (see compiled_forward).
-    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, from the gradient
-    of `accumulate` batches. clip_grad limits the gradient's norm, clip_value each of its elements. average is a
-    WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the epoch early by
-    returning True. Nothing here waits for the device, except an average and, in float16, Muon.
+    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, by the gradient of
+    so many batches (see batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
+    average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
+    epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
     """
     model.train()
     forward = forward or model
     scaler = precision.scaler
-    for parts in shared_steps(batches.batches(epoch, sums["step"]), accumulate, whole=batches.whole):
+    for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
         optimizer.zero_grad()
         for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
             torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
@@ -98,6 +99,7 @@ def train_one_epoch(
 def add_batch(sums, loss, logits, labels, *, lr):
     """Add one batch to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
     sums["loss"] += loss * len(labels)
+    sums["last_loss"] = loss
     hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
     sums["correct"] += (logits.argmax(1) == hard_labels).sum()
     sums["images"] += len(labels)

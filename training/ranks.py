@@ -85,19 +85,20 @@ def own_rows(count):
     return slice(start, start + each + (rank < more)) if rank < count else slice(0, 1)
 
 
-def shared_steps(batches, accumulate, *, whole=True):
+def shared_steps(batches, epoch, start_step, *, accumulate):
     """The steps of an epoch: lists of (images, labels, weight), this rank's parts of `accumulate` batches or the rest.
 
     The mean loss of each part, times its weight, added up over the list and averaged over the ranks, is the mean over
-    the images of the step. The weight of an image in place of none is 0. Batches that are not whole are this rank's
+    the images of the step. The weight of an image in place of none is 0. Batches that are not `whole` are this rank's
     parts already, and as large as those of the others.
     """
-    rank, ranks = rank_and_ranks() if whole else (0, 1)
-    while group := list(itertools.islice(batches, accumulate)):
+    rank, ranks = rank_and_ranks() if batches.whole else (0, 1)
+    left = batches.batches(epoch, start_step)
+    while group := list(itertools.islice(left, accumulate)):
         total = sum(len(labels) for _, labels in group)
         parts = []
         for images, labels in group:
-            rows = own_rows(len(labels)) if whole else slice(0, len(labels))
+            rows = own_rows(len(labels)) if batches.whole else slice(0, len(labels))
             counted = rows.stop - rows.start if rank < len(labels) else 0
             parts.append((images[rows], labels[rows], counted * ranks / total))
         yield parts

@@ -54,6 +54,7 @@ class Run:
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
+        self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -84,7 +85,13 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
+        if self.args.log or self.args.log_steps:
+            from training.loggers import RunLog  # only if it is asked for
+
+            self.log = RunLog(self)
         prepare_folder(self.folder, resuming=checkpoint is not None)
+        if self.log:
+            self.log.open()
         if self.args.dataset == "folder" or self.args.val_fraction:
             write_split(self.folder / "split.csv", self.dataset)
 
@@ -102,6 +109,8 @@ class Run:
         if self.history:
             write_log(self.folder / "log.csv", self.history)
             draw_curves(self.folder / "curves.png", self.history, self.args)
+        if self.log:
+            self.log.send()
         # last: a run killed before this line resumes from the previous last.pt and writes the files above again
         save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
         self.last_writing = time.monotonic()
@@ -112,6 +121,8 @@ class Run:
         self.write()
         command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        if self.log:
+            self.log.close()
         leave_ranks()
         stop.end()
 
@@ -141,6 +152,8 @@ class Run:
                 raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
         self.history.append(row)
+        if self.log:
+            self.log.add(row)
         self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
 
         names = ["best.pt"] if is_best(self.history, "val_accuracy") else []
@@ -185,12 +198,13 @@ class Run:
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the last weights, without averaging")
+        if self.log:
+            self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
             print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
-        for path in sorted(folder.iterdir()):
-            print(f"  {path}")
+        print(*(f"  {path}" for path in sorted(folder.iterdir())), sep="\n")
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
         print(f"draw {where} {folder}{self.attention_again}")

@@ -1,6 +1,7 @@
 """What a campaign does with several plans: their order, measurements, forecasts, dry runs."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,9 +191,8 @@ def test_a_dry_run_takes_what_follows_from_the_dataset_that_it_replaces(tmp_path
 
 def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatch):
     plan = tmp_path / "dry.toml"
-    tiny = (
-        "--embed-dim 16 --depth 2 --num-heads 2 --epochs 160 --dataset folder --data-dir photos --folds 9 --group-by x"
-    )
+    tiny = "--embed-dim 16 --depth 2 --num-heads 2 --epochs 160 --dataset folder --data-dir photos --folds 9"
+    tiny += " --group-by x --log wandb"
     small = "--recipe survey --width 8 --epochs 30 --image-size 16"
     rows = [
         ("vit", "train_vit.py", tiny, ""),
@@ -204,6 +204,7 @@ def test_a_dry_run_tries_every_row_and_keeps_nothing(tmp_path, capfd, monkeypatc
     plan.write_text(
         f'title = "Dry"\n{text}[[measurements]]\nname = "map"\nscript = "rollout.py"\ncheckpoint = "dry/vit"\n'
     )
+    monkeypatch.setitem(sys.modules, "wandb", None)  # a dry run is not logged
     campaign.main([str(plan), "--dry", "--device", "cpu", "--results", str(tmp_path / "results")])
     said = capfd.readouterr().out
     assert "dry run 5 of 5: dry/map" in said and "weights of" in said and said.count("epoch 1/1") == 4

@@ -94,7 +94,9 @@ def test_accumulated_batches_equal_one_large_batch(sizes):
     )
     seen = []
     options = {"clip_grad": 0.5, "clip_value": 0.05}
-    sums = train(small, batches, accumulate=2, steps=4, after_step=lambda sums: seen.append(sums["step"]), **options)
+    sums = train(
+        small, batches, accumulate=["2"], steps=4, after_step=lambda sums: seen.append(sums["step"]), **options
+    )
     expected = train(large, joined, steps=2, **options)
     torch.testing.assert_close(small.weight, large.weight, rtol=0, atol=1e-12)
     assert seen == [2, 4] and loss_and_accuracy(sums) == pytest.approx(loss_and_accuracy(expected), rel=1e-5)
@@ -108,7 +110,7 @@ def test_a_run_stopped_between_accumulated_steps_resumes():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         schedule, sums = cosine(optimizer), new_sums(CPU)
         for stop in (*stops, 99):
-            options = {"optimizer": optimizer, "schedule": schedule, "sums": sums, "accumulate": 3}
+            options = {"optimizer": optimizer, "schedule": schedule, "sums": sums, "accumulate": ["3"]}
             train(model, random_batches((8,) * 7), after_step=lambda s, stop=stop: s["step"] >= stop, **options)
         return model.weight.tolist(), sums["step"], schedule.last_epoch
 

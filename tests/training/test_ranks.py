@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_the_parts_of_all_ranks_are_the_batch(ranks, count, monkeypatch):
     seen, mean = [], 0.0
     for rank in range(ranks):
         monkeypatch.setattr("training.ranks.rank_and_ranks", lambda rank=rank: (rank, ranks))
-        (parts,) = shared_steps(iter([(first, first), (values, labels)]), 2)
+        two = Namespace(whole=True, batches=lambda epoch, step: iter([(first, first), (values, labels)]))
+        (parts,) = shared_steps(two, 0, 0, accumulate=2)
         mean += sum(part.mean() * weight for part, _, weight in parts) / ranks
         seen += range(count)[own_rows(count)] if parts[1][2] else []
         assert len(parts[1][0]) >= 1 and torch.equal(parts[1][1], labels[own_rows(count)])
