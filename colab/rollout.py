@@ -18,7 +18,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
+from itertools import islice, starmap
 import json
 import math
 from multiprocessing import parent_process
@@ -26,15 +28,20 @@ import os
 from pathlib import Path
 import pickle
 import platform
+import random
 import re
+import signal
 import stat
 import statistics
 import sys
+import tarfile
+import tempfile
 from textwrap import shorten
 from threading import Lock
 import traceback
 from types import SimpleNamespace, UnionType
 from typing import NamedTuple, get_args, get_origin
+from urllib.parse import urlparse
 import zipfile
 
 from PIL import Image, ImageOps
@@ -44,13 +51,15 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader
 import torchvision
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop, resize
 from tqdm.auto import tqdm
 
@@ -127,14 +136,36 @@ def run_script(main):
         sys.exit(2)
 
 
+# ---- seeding.py: Where every random number comes from: a purpose and (seed, epoch, step), and nothing else.
+
+PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing")
+
+
+def seed_for(purpose, *numbers):
+    """A 64-bit seed for one purpose at one place of a run, say seed_for("dropout", seed, epoch, step).
+
+    No generator is carried along, so a run that is resumed at any step draws the same numbers as one without a stop.
+    """
+    words = np.random.SeedSequence((PURPOSES.index(purpose), *numbers)).generate_state(2, np.uint32)
+    return int(words[0]) << 32 | int(words[1])
+
+
 # ---- files.py: Files that are written completely or not at all.
+
+def is_first_rank():
+    """Whether this process writes files: of several that torchrun started for one run, only the first one does."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
 
 def write_atomically(path, write, *, previous=None):
     """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
 
-    An existing file at path is kept as `previous`, if that is given. Raises UserError if the file cannot be written; an
-    existing file at path then stays as it was, and the temporary file is removed, as it is after any exception.
+    Does nothing unless is_first_rank. An existing file at path is kept as `previous`, if that is given. Raises
+    UserError if the file cannot be written; an existing file at path then stays as it was, and the temporary file is
+    removed, as it is after any exception.
     """
+    if not is_first_rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -159,10 +190,9 @@ def make_folder(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is unique: other runs may try at the same time
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    write_atomically(path / ".writable", lambda file: None)
-    (path / ".writable").unlink()
     return path
 
 
@@ -1284,6 +1314,33 @@ def build_model(name, num_classes=10, **model_args):
 
 # ---- pipeline/augment.py: Random transforms of a batch of images on its device; each image draws its own parameters.
 
+def whole_sides(area, aspect):
+    """Height and width (..., 2), in whole pixels, of boxes of an area and a ratio width / height."""
+    return torch.stack([area / aspect, area * aspect], -1).sqrt().round().long()
+
+
+def random_sides(sizes, generator, *, scale, ratio, largest, fallback):
+    """Height and width (B, 2), in whole pixels, of a random box in each image of sizes (B, 2).
+
+    The box's share of the image's area is uniform in scale, width / height is log-uniform in ratio. The first of ten
+    draws that is not larger than `largest` (B, 2) is taken; if none is, `fallback` (B, 2).
+    """
+    count = len(sizes)
+    area = sizes.prod(1, keepdim=True) * torch.empty(count, 10).uniform_(*scale, generator=generator)
+    aspect = torch.empty(count, 10).uniform_(*torch.tensor(ratio).log().tolist(), generator=generator).exp()
+    sides = whole_sides(area, aspect)  # (B, 10, 2)
+    fits = ((sides > 0) & (sides <= largest[:, None])).all(2)  # (B, 10)
+    first = sides[torch.arange(count), fits.int().argmax(1)]
+    return torch.where(fits.any(1, keepdim=True), first, fallback)
+
+
+def place_boxes(sides, sizes, position):
+    """Boxes (B, 4) of top, left, height, width inside images of sizes (B, 2); position (B, 2) is uniform in [0, 1)."""
+    room = sizes - sides
+    corners = (position * (room + 1)).long().minimum(room)
+    return torch.cat([corners, sides], 1)
+
+
 def normalize(images, mean, std):
     """(images / 255 - mean) / std as float, for images (B, C, H, W) uint8.
 
@@ -1295,6 +1352,106 @@ def normalize(images, mean, std):
 
 # ---- pipeline/crops.py: Random crops of images of any shape, in batches: from memory, or by workers that decode the files.
 
+def random_crops(sizes, generator, *, scale, ratio):
+    """Boxes (B, 4) of top, left, height, width in whole pixels, each inside an image of its own size, sizes (B, 2).
+
+    Drawn as in torchvision. If none of ten draws fits, the largest box with the closest ratio to the image's, anywhere
+    in it; torchvision centres that box, so that the ends of a wide image never appear.
+    """
+    height, width = sizes.split(1, dim=1)
+    closest = (width / height).clamp(*ratio)
+    area = torch.minimum(height, width / closest) ** 2 * closest
+    fallback = whole_sides(area, closest)[:, 0]
+    sides = random_sides(sizes, generator, scale=scale, ratio=ratio, largest=sizes, fallback=fallback)
+    return place_boxes(sides, sizes, torch.rand(len(sizes), 2, generator=generator))
+
+
+def centre_boxes(sizes, crop_pct):
+    """Boxes (B, 4) of centred squares, whose side is crop_pct of the short side of images of sizes (B, 2)."""
+    sides = (sizes.amin(1, keepdim=True) * crop_pct).round().long().expand(-1, 2)
+    return torch.cat([(sizes - sides) // 2, sides], 1)
+
+
+def antialiasing_matrices(lengths, size, longest):
+    """Matrices (B, size, longest) that resize the first `lengths` (B,) pixels of a row to `size` pixels.
+
+    Bilinear; when shrinking, the filter is as wide as a new pixel, as in PIL and torchvision.
+    """
+    step = (lengths / size)[:, None, None]
+    pixels = torch.arange(longest, device=lengths.device)
+    centres = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * step  # (B, size, 1)
+    weights = (1 - (pixels + 0.5 - centres).abs() / step.clamp(min=1)).clamp(min=0) * (pixels < lengths[:, None, None])
+    return weights / weights.sum(2, keepdim=True)
+
+
+def cut_together(buffer, starts, widths, boxes, size, channels=3):
+    """Crop a box from each of B images and resize it: (B, C, size, size) uint8, without a loop over the images.
+
+    buffer is that of LargeImages.decode_all; starts (B,) is where each image begins in it. starts, widths and boxes are
+    on the host. The result differs from torchvision's resized_crop by at most one grey level.
+    """
+    top, left, height, width = boxes.unbind(1)
+    tallest, widest = height.max().item(), width.max().item()
+    rows = top[:, None] + torch.arange(tallest).minimum(height[:, None] - 1)  # (B, tallest)
+    first = (starts[:, None] + channels * (rows * widths[:, None] + left[:, None])).to(buffer.device, non_blocking=True)
+    lines = buffer.unfold(0, channels * widest, 1)  # a view: row i holds the bytes from byte i on
+    pixels = lines.index_select(0, first.flatten()).view(*first.shape, -1).float()  # (B, tallest, C * widest)
+    height, width = torch.stack([height, width]).to(buffer.device, non_blocking=True)
+    pixels = antialiasing_matrices(height, size, tallest) @ pixels  # (B, size, C * widest)
+    pixels = pixels.unflatten(2, (widest, channels)).permute(0, 3, 1, 2)  # (B, C, size, widest)
+    return (pixels @ antialiasing_matrices(width, size, widest).mT[:, None]).round_().byte()  # (B, C, size, size)
+
+
+class Crops:
+    """Random crops of LargeImages, or centre crops without `scale`; from `buffer`, or else decoded for each crop.
+
+    On the host each crop is torchvision's resized_crop, so that both ways give the same bits.
+    """
+
+    def __init__(self, images, *, scale, ratio, seed, buffer=None):
+        self.images, self.scale, self.ratio, self.seed, self.buffer = images, scale, ratio, seed, buffer
+        num_bytes = images.channels * images.sizes.prod(1)
+        self.starts = num_bytes.cumsum(0) - num_bytes
+
+    def cut(self, indices, epoch, step):
+        """A batch (B, C, S, S) uint8; its boxes follow from (seed, epoch, step)."""
+        sizes, size = self.images.sizes[indices], self.images.image_size
+        if self.scale:
+            generator = torch.Generator().manual_seed(seed_for("augmentation", self.seed, epoch, step, 1))  # 1: crops
+            boxes = random_crops(sizes, generator, scale=self.scale, ratio=self.ratio)
+        else:
+            boxes = centre_boxes(sizes, self.images.crop_pct)
+        if self.buffer is not None and self.buffer.is_cuda:
+            return cut_together(self.buffer, self.starts[indices], sizes[:, 1], boxes, size, self.images.channels)
+        pairs = zip(indices, boxes.tolist())
+        return torch.stack([v2.functional.resized_crop(self.image(i), *box, [size, size]) for i, box in pairs])
+
+    def image(self, index):
+        """One image, (C, H, W) uint8."""
+        if self.buffer is None:
+            pixels = torch.from_numpy(self.images.decode(index))
+        else:
+            height, width = self.images.sizes[index].tolist()
+            shape = height, width, self.images.channels
+            pixels = self.buffer[self.starts[index] :][: math.prod(shape)].view(shape)
+        return pixels.permute(2, 0, 1)
+
+    def __getitem__(self, key):
+        """`cut` for a DataLoader's worker. A UserError is returned: raised, it would become a worker's traceback."""
+        try:
+            return self.cut(*key)
+        except UserError as error:
+            return error
+
+
+def detach_worker(worker):
+    """Keep Ctrl-C and SIGTERM from a worker: training finishes its step, saves, and then ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has inherited training's handler
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
 @contextmanager
 def images_in_memory():
     """A context, or a function's decorator, in which running out of memory is a UserError."""
@@ -1304,6 +1461,32 @@ def images_in_memory():
         if not is_memory_error(error):
             raise
         raise UserError("the images do not fit into memory: use a smaller --image-size, or fewer images") from error
+
+
+def batches_by_workers(crops, device, workers):
+    """A function from keys to an iterator over crops.cut of each, in `workers` processes, or in this one if it is 0."""
+    if not workers:
+        return partial(starmap, crops.cut)
+    pending = []  # the keys of the epoch under way; the loader's sampler
+    loader = DataLoader(
+        crops,
+        batch_size=None,
+        sampler=pending,
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=detach_worker,
+        generator=torch.Generator(),  # leaves the global generator alone
+    )
+
+    def stream(keys):
+        pending[:] = keys
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    return stream
 
 
 # ---- pipeline/decoding.py: From files to pixels: one image, or many on all cores.
@@ -1895,6 +2078,246 @@ def make_shapes(split):
     return ShapeSet(*map(torch.from_numpy, (images, labels, masks, outlines)))
 
 
+# ---- pipeline/policies.py: AutoAugment, RandAugment and TrivialAugment on a batch of uint8 images; each image draws its own operations.
+
+def identity(images, magnitude):
+    return images
+
+
+# ---- pipeline/batches.py: Batches of images on the device: their order and their augmentation.
+
+RATIO = (3 / 4, 4 / 3)  # of a random resized crop without --ratio: as in torchvision
+
+
+# ---- pipeline/shards.py: More images than a disk holds: training images in tar files of webdataset (shards), read in random order.
+
+LANES = 16  # how many shards are read side by side; the order of the images follows from it, not from --workers
+WINDOW = 8000  # files in memory, of all lanes, among which the next image is drawn
+SEEN_OF_SHARD = 2000  # images of the first shard from which mean and standard deviation are computed
+
+
+class Member(io.BytesIO):
+    """A file in a shard; as text, its name."""
+
+    def __str__(self):
+        return self.name
+
+
+def file_name(url):
+    return re.split(r"[/\\]", url)[-1]
+
+
+def find_shards(pattern):
+    """({split: shards}, class names) of --data-dir, say a/train-{000..099}.tar::a/test.tar: the names say the split.
+
+    classes.txt beside the first shard has a line for class 0, for class 1 ... Raises UserError for a missing split or
+    file, and for the commands (pipe:) that webdataset would run: they may come out of someone else's checkpoint.
+    """
+    wds = import_optional("webdataset")
+    urls = wds.shardlists.expand_urls(pattern)
+    if others := [url for url in urls if urlparse(url).scheme not in ("", "http", "https")]:
+        raise UserError(f"--data-dir {others[0]}: shards are files, or addresses that begin with http: or https:")
+    words = {url: {*re.split(r"[\W_\d]+", file_name(url).lower())} for url in urls}
+    splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
+    if missing := [split for split in ("train", "test") if not splits[split]]:
+        example = "shards/train-{000..099}.tar::shards/test-{0..9}.tar"
+        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {example}")
+    path = urls[0].removesuffix(file_name(urls[0])) + "classes.txt"
+    try:
+        return splits, wds.gopen(path).read().decode().strip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
+
+
+def read_shards(urls, classes):
+    """(image as a Member, label) of each sample. Raises UserError if a shard or a sample cannot be used."""
+    wds, sample = import_optional("webdataset"), None
+    try:
+        for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
+            name, label = f"{file_name(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
+            endings = [ending for ending in EXTENSIONS if ending[1:] in sample]
+            if not endings or not label.isdigit() or int(label) >= len(classes):
+                raise UserError(f"{name} must have an image, as .jpg, and a number below {len(classes)} as .cls")
+            member = Member(sample[endings[0][1:]])
+            member.name = name + endings[0]
+            yield member, int(label)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
+    if not sample:
+        raise UserError(f"--data-dir: {urls[0]} holds no images")
+
+
+class Shards(Crops):
+    """Training images in shards, in the place of a Split: their labels are known when they are read.
+
+    Of R ranks, each reads every R-th shard, and B / R images per step. An epoch has --epoch-images of them, in an order
+    that follows from (seed, epoch) and R; shards that are too few for that are read again.
+    """
+
+    def __init__(self, urls, classes, args):
+        self.urls, self.classes, self.args, self.open = urls, classes, args, {}
+        self.images, self.labels = None, torch.full((args.epoch_images,), -1)
+        spread = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
+        if len(urls) < self.ranks:
+            raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
+        self.lanes = 1 << min(LANES, len(urls) // self.ranks).bit_length() - 1  # a power of two
+
+    def hash(self):
+        """SHA-256 of the names of the shards: nobody reads them all for it."""
+        return hashlib.sha256("\n".join(map(file_name, self.urls)).encode()).hexdigest()
+
+    def samples(self, epoch, lane):
+        """The (Member, label) of a lane, without end: shards in random order, then shuffled within the window."""
+        shuffle = import_optional("webdataset").shuffle
+        rng = random.Random(seed_for("order", self.args.seed, epoch))
+        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * lane :: self.ranks * self.lanes]
+        while True:
+            yield from shuffle(WINDOW // self.lanes, rng=rng)(read_shards(urls, self.classes))
+
+    def cut(self, indices, epoch, step):
+        """(images (B, C, S, S) uint8, labels (B,)) of one step; `indices` only says how many there are."""
+        args, lane = self.args, step % self.lanes
+        at, samples = self.open.get(lane, (None, None))
+        if at != (epoch, step):  # the lane's first step here; what came before it is read, but not decoded
+            before = step // self.lanes * (args.batch_size // self.ranks)
+            samples = islice(self.samples(epoch, lane), before, None)
+        members, labels = zip(*islice(samples, max(1, len(indices) // self.ranks)))
+        self.open[lane] = (epoch, step + self.lanes), samples
+        sizes, files = torch.tensor([upright_size(member) for member in members]), np.array(members)[:, None]
+        images = LargeImages(None, files, sizes, args.image_size, args.crop_pct, None, args.channels)
+        crops = Crops(images, scale=args.scale, ratio=args.ratio or RATIO, seed=args.seed)
+        return crops.cut(np.arange(len(members)), epoch, step * self.ranks + self.rank), torch.tensor(labels)
+
+    def by_workers(self, device):
+        """The same in worker processes: a function from keys, as that of crop_batches."""
+        workers = min(os.cpu_count(), LANES) if self.args.workers is None else self.args.workers
+        return batches_by_workers(self, device, 1 << workers.bit_length() >> 1)  # a power of two: a lane has one worker
+
+
+def read_webdataset(args):
+    """(class names, Shards, {"test" and "val": (images, labels, names)}, (N, C, S, S) uint8 of the first shard)."""
+    urls, classes = find_shards(args.data_dir)
+    crop = partial(centre_crop, crop_pct=args.crop_pct)
+    decode = partial(decode_images, size=args.image_size, decode=crop, channels=args.channels)
+    splits = {}
+    for split in [split for split in ("test", "val") if urls[split]]:
+        images, labels, names = [], [], []
+        for url in urls[split]:  # one after the other: what is not decoded yet is small
+            members, some = zip(*read_shards([url], classes))
+            images.append(torch.from_numpy(decode(members)))
+            labels, names = labels + [*some], names + [*map(str, members)]
+        splits[split] = torch.cat(images), labels, names
+    first = [member for member, _ in islice(read_shards(urls["train"][:1], classes), SEEN_OF_SHARD)]
+    return classes, Shards(urls["train"], classes, args), splits, torch.from_numpy(decode(first))
+
+
+# ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
+
+def made_splits(
+    splits, classes, name, *, val_fraction=0.0, test_fraction=0.2, split_seed=0, group_by=None, folds=None, seed=0
+):
+    """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
+
+    By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
+    folds the one of number seed % folds. group_by is that of parts_of_images. Raises UserError if a split is left
+    without a class, or if a value has no effect.
+    """
+    if folds and "all" not in splits:
+        raise UserError(f"--folds {folds}: {name} has test images of its own; --folds needs class folders alone")
+    if group_by and "all" not in splits and not val_fraction:
+        raise UserError(f"--group-by {group_by}: {name} has test images of its own, and there is no --val-fraction")
+    divide = partial(split_by_class, classes=classes, group_by=group_by)
+    if "all" in splits:
+        share, flag = (folds, "--folds") if folds else (test_fraction, "--test-fraction")
+        parts = divide(splits["all"], share, seed=(split_seed, 0), flag=flag, part=seed % (folds or 1))
+        splits = dict(zip(("test", "train"), parts))
+    elif test_fraction != 0.2:  # not the default
+        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
+    if val_fraction:
+        if "val" in splits:
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
+        parts = divide(splits["train"], val_fraction, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
+    return splits
+
+
+def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
+    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
+
+    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of parts_of_images.
+    """
+    if group_by or fraction >= 1:
+        shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
+        parts = parts_of_images(split, shares, classes, seed=seed, flag=f"{flag} {fraction}", group_by=group_by)
+        return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
+    rng = np.random.default_rng(seed)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (split.labels == label).nonzero()[:, 0].numpy()
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
+        chosen[rng.permutation(members)[:count]] = True
+    return split.pick(chosen), split.pick(~chosen)
+
+
+def group_numbers(names, group_by):
+    """(N,) int: files in which a regular expression finds the same text have one number, whatever their class.
+
+    The text is that of its first group in parentheses, or all that it matches if it has none. Raises UserError for an
+    expression that cannot be compiled, and for a file in which it finds nothing.
+    """
+    try:
+        found = [re.search(group_by, name) for name in map(str, names)]
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: not a regular expression ({error})") from error
+    texts = [match and match[min(1, match.re.groups)] for match in found]
+    if None in texts:
+        raise UserError(f"--group-by {group_by}: it finds nothing in {names[texts.index(None)]}")
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def place_groups(counts, shares, rng):
+    """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
+
+    One group after the other, the largest first and equal ones in random order, is placed where chi-square, the sum of
+    (images - expected)^2 / expected over parts and classes, then is least. A class with as many groups as parts is in
+    every part, if they can be separated.
+    """
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    parts, placed = np.empty(len(counts), int), np.zeros((len(shares), counts.shape[1]))
+    totals, left = counts.sum(0), (counts > 0).sum(0)  # (classes,): images, and groups that are not placed yet
+    for group in order:
+        more = counts[group]
+        growth = (2 * placed + more) * more / totals  # (parts, classes): chi-square's, times shares, and a constant
+        cost = (growth + 1e-9 * placed).sum(1) / shares  # (parts,): among equals, the smallest part
+        lacking = placed == 0
+        last_chance = (lacking & (more > 0) & (left <= lacking.sum(0))).any(1)
+        parts[group] = np.where(last_chance, cost - cost.max() - 1, cost).argmin()
+        placed[parts[group]] += more
+        left -= more > 0
+    return parts
+
+
+def parts_of_images(split, shares, classes, *, seed, flag, group_by=None):
+    """(N,) the part of each image of a Split, by place_groups; without group_by each image is a group.
+
+    Raises UserError if a part has no image of a class; flag is what asked for the parts, with its value.
+    """
+    labels, flag = split.labels.numpy(), flag + (f" with --group-by {group_by}" if group_by else "")
+    groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
+    counts = np.zeros((groups.max() + 1, len(classes)), int)
+    np.add.at(counts, (groups, labels), 1)
+    parts = place_groups(counts, np.array(shares), np.random.default_rng(seed))
+    for label, name in enumerate(classes):
+        if len({*parts[counts[:, label] > 0]}) < len(shares):
+            found = f"images: {counts[:, label].sum()}, groups: {(counts[:, label] > 0).sum()}"
+            raise UserError(f"{flag} leaves a split without class {name} ({found})")
+    return parts[groups]
+
+
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
@@ -1909,8 +2332,8 @@ class Split(NamedTuple):
     def pick(self, indices):
         return Split(self.images[indices], self.labels[indices], self.names[indices])
 
-    def hash(self):
-        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache, of labels and files."""
+    def hash(self, name="sha256"):
+        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache as `name`, of labels and files."""
         digest, large = hashlib.sha256(self.labels.numpy().tobytes()), isinstance(self.images, LargeImages)
 
         def whole():
@@ -1918,7 +2341,7 @@ class Split(NamedTuple):
                 digest.update(Path(part).read_bytes() if large else part)
             return np.frombuffer(digest.digest(), np.uint8)
 
-        return (self.images.cached("sha256", whole) if large else whole()).tobytes().hex()
+        return (self.images.cached(name, whole) if large else whole()).tobytes().hex()
 
 
 class Dataset(NamedTuple):
@@ -1926,11 +2349,12 @@ class Dataset(NamedTuple):
 
     name: str
     classes: list[str]
-    train: Split
+    train: Split  # or Shards, of webdataset
     val: Split | None
     test: Split
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
+    whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -1950,12 +2374,15 @@ def count_classes(name, data_dir):
     """The number of classes of a dataset, without reading its images."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
+    if name == "webdataset":
+        return len(find_shards(data_dir)[1])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
     """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
-    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
+    kept = name in ("webdataset", *IMAGENETTES)
+    return isinstance(image_size, int) and (kept or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -1966,18 +2393,15 @@ def load_dataset(
     image_size,
     channels=3,
     crop_pct=CROP_PCT,
-    val_fraction=0.0,
-    test_fraction=0.2,
-    split_seed=0,
     cache_dir=None,
     dataset_name=None,
+    **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
-    that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
-    is_large, the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises
-    UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
+    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
+    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -2000,21 +2424,14 @@ def load_dataset(
         key: Split(p if large else resized(p, image_size), torch.as_tensor(y), np.asarray(n))
         for key, (p, y, n) in splits.items()
     }
-    if "all" in splits:
-        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
-        splits = dict(zip(("test", "train"), parts))
-    elif folder and test_fraction != 0.2:  # not the default
-        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
-    if val_fraction:
-        if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
-        splits["val"], splits["train"] = parts
+    whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
+    if "all" in splits or how_to_split:
+        splits = made_splits(splits, classes, name, **how_to_split)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
+    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
 
 
 def dataset_of(args, statistics=None):
@@ -2022,8 +2439,15 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
-    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
-    names += ("dataset_name",)
+    if args.dataset == "webdataset":
+        classes, train, splits, seen = read_webdataset(args)
+        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
+        statistics = statistics or channel_statistics(seen)
+        return Dataset(
+            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
+        )
+    names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
@@ -2059,19 +2483,6 @@ def resized(images, size):
     if images.shape[2:] == sides:
         return images
     return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
-
-
-def split_by_class(split, fraction, classes, *, seed, flag):
-    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest."""
-    rng = np.random.default_rng(seed)
-    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (split.labels == label).nonzero()[:, 0].numpy()
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
-        chosen[rng.permutation(members)[:count]] = True
-    return split.pick(chosen), split.pick(~chosen)
 
 
 def channel_statistics(images):
@@ -2148,13 +2559,19 @@ def read_archive(path, what_is_wrong, device="cpu"):
 # ---- training/device.py: The device: its precision, its name, its memory, and torch.compile on it.
 
 def pick_device(name=None):
-    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
+    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none.
+
+    Under torchrun, each process on a machine takes a GPU of its own.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         reason = "this machine, or this build of torch, has none"
         raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
@@ -2230,16 +2647,20 @@ class Precision:
 
     amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16", "tf32" (float32 weights and
     activations, multiplied in TF32) or "off" (float32). What remains in float32 under bf16 and fp16 is multiplied in
-    TF32 as well. Raises UserError for bf16 and tf32 on a device without it.
+    TF32 as well. deterministic: the same bits each time, on a GPU as on a CPU. Raises UserError for bf16 and tf32 on a
+    device without it.
     """
 
-    def __init__(self, amp, device):
+    def __init__(self, amp, device, *, deterministic=False):
         if amp == "auto":
             amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
         elif amp == "bf16" and not has_bfloat16(device):
             raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; use --amp auto")
         elif amp == "tf32" and not has_tf32(device):
             raise UserError(f"--amp tf32: {device_name(device)} has no TF32; use --amp auto")
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+            torch.use_deterministic_algorithms(True)
         self.amp, self.device = amp, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
         if device.type == "cuda":  # after the newer fp32_precision these could not be read
@@ -2263,48 +2684,7 @@ def device_name(device):
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
 
 
-# ---- training/flags.py: The flags that all training scripts share, the types of their values, and the parser that explains them.
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Appends each flag's default to its help."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
-            return action.help
-        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-        return f"{action.help} (default: {shown.replace('%', '%%') or 'none'})"
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
-
-    def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
-
-    def parse_args(self, args=None, namespace=None):
-        return super().parse_args(command_line() if args is None else args, namespace)
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
-
-    def check_values(self, values):
-        """Raises UserError for a value, by its flag, that the command line would not have taken."""
-        argv = []
-        for action in self._actions:
-            value, needed = values.get(action.dest), action.nargs is None and action.default is not None
-            if isinstance(value, list) and action.nargs:
-                argv += [action.option_strings[0], *map(str, value)]
-            elif action.nargs != 0 and (value is not None or needed):
-                text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
-                argv.append(f"{action.option_strings[0]}={text}")
-        self.parse_args(argv)
-
+# ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
     """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
@@ -2342,6 +2722,47 @@ probability = number(low=0, high=1)
 def is_own_class(value):
     """Whether --attention names a class of the user's own, as FILE.py:Class."""
     return isinstance(value, str) and ".py:" in value
+
+
+# ---- training/flags.py: The flags that all training scripts share, the types of their values, and the parser that explains them.
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Appends each flag's default to its help."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {shown.replace('%', '%%') or 'none'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
+
+    def __init__(self, description=None, **options):
+        formatter = partial(HelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        return super().parse_args(command_line() if args is None else args, namespace)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
+
+    def check_values(self, values):
+        """Raises UserError for a value, by its flag, that the command line would not have taken."""
+        argv = []
+        for action in self._actions:
+            value, needed = values.get(action.dest), action.nargs is None and action.default is not None
+            if isinstance(value, list) and action.nargs:
+                argv += [action.option_strings[0], *map(str, value)]
+            elif action.nargs != 0 and (value is not None or needed):
+                text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                argv.append(f"{action.option_strings[0]}={text}")
+        self.parse_args(argv)
 
 
 # ---- training/outputs.py: What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json.
@@ -2820,8 +3241,9 @@ def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
 
 def find_split(dataset, name):
     """The dataset's Split of this name. Raises UserError if there is none."""
-    if getattr(dataset, name) is None:
-        raise UserError(f"--split {name}: {dataset.name} has no validation images here")
+    if not isinstance(getattr(dataset, name), Split):  # None, or in shards
+        kind = "validation" if name == "val" else "training"
+        raise UserError(f"--split {name}: {dataset.name} has no {kind} images here")
     return getattr(dataset, name)
 
 

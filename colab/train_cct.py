@@ -21,7 +21,7 @@ import importlib
 import importlib.util
 import io
 import itertools
-from itertools import starmap
+from itertools import islice, starmap
 import json
 import math
 from multiprocessing import parent_process
@@ -29,12 +29,16 @@ import os
 from pathlib import Path
 import pickle
 import platform
+import random
 import re
+import secrets
 import signal
 import stat
 import statistics
 import subprocess
 import sys
+import tarfile
+import tempfile
 from textwrap import shorten
 import threading
 from threading import Lock
@@ -42,6 +46,7 @@ import time
 import traceback
 from types import UnionType
 from typing import NamedTuple, get_args, get_origin
+from urllib.parse import urlparse
 import zipfile
 
 from PIL import Image, ImageOps
@@ -49,16 +54,22 @@ from PIL.Image import Resampling
 from matplotlib.figure import Figure
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.autograd import DeviceType
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 import torchvision
@@ -147,12 +158,20 @@ def seed_for(purpose, *numbers):
 
 # ---- files.py: Files that are written completely or not at all.
 
+def is_first_rank():
+    """Whether this process writes files: of several that torchrun started for one run, only the first one does."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def write_atomically(path, write, *, previous=None):
     """write(file) into a temporary file beside path, flushed to the disk, then renamed: path is never half a file.
 
-    An existing file at path is kept as `previous`, if that is given. Raises UserError if the file cannot be written; an
-    existing file at path then stays as it was, and the temporary file is removed, as it is after any exception.
+    Does nothing unless is_first_rank. An existing file at path is kept as `previous`, if that is given. Raises
+    UserError if the file cannot be written; an existing file at path then stays as it was, and the temporary file is
+    removed, as it is after any exception.
     """
+    if not is_first_rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -177,10 +196,9 @@ def make_folder(path):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is unique: other runs may try at the same time
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    write_atomically(path / ".writable", lambda file: None)
-    (path / ".writable").unlink()
     return path
 
 
@@ -1178,7 +1196,11 @@ def crop_batches(images, *, scale, ratio, seed, device, cache_gib=None, workers=
         workers = min(os.cpu_count(), 16) if workers is None else workers
         needed, limit = images.num_bytes / 2**30, budget / 2**30
         print(f"images of {needed:.2f} GiB exceed --cache-gib {limit:.2f}: {workers} workers decode them every epoch")
-    crops = Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer)
+    return batches_by_workers(Crops(images, scale=scale, ratio=ratio, seed=seed, buffer=buffer), device, workers)
+
+
+def batches_by_workers(crops, device, workers):
+    """A function from keys to an iterator over crops.cut of each, in `workers` processes, or in this one if it is 0."""
     if not workers:
         return partial(starmap, crops.cut)
     pending = []  # the keys of the epoch under way; the loader's sampler
@@ -2028,11 +2050,11 @@ class Batches:
     """Batches of a Split on a device: `steps_per_epoch`, and batches(epoch, start_step) of (images, labels).
 
     Images come as (B, 3, H, W) float, normalised; labels as (B,) int64, or (B, classes) float after mix. The uint8
-    images of the Split lie where place_images puts them; LargeImages come through `crops`, from crop_batches. With a
-    seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step): transform(images,
-    generator) of uint8 images for each of transforms, the same of normalised images for float_transforms, then
-    mix(images, labels), which draws from torch's global generator. Without a seed, images come in order and unchanged.
-    With drop_last, an incomplete last batch is left out, unless it is the only one.
+    images of the Split lie where place_images puts them; LargeImages come through `crops`, from crop_batches, Shards
+    with their labels. With a seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step):
+    transform(images, generator) of uint8 images for each of transforms, the same of normalised images for
+    float_transforms, then mix(images, labels), which draws from torch's global generator. Without a seed, images come
+    in order and unchanged. With drop_last, an incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -2051,6 +2073,7 @@ class Batches:
         mix=None,
     ):
         self.crops, self.images = crops, None if crops else place_images(split.images, torch.device(device))
+        self.whole = split.images is not None  # Shards give each of several ranks its part alone
         self.labels = split.labels.to(device)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
@@ -2073,7 +2096,8 @@ class Batches:
         else:
             uint8_batches = (self.images[part].pin_memory() for part in on_host[start_step:])
         for step, images in enumerate(uint8_batches, start_step):
-            images, labels = images.to(self.device, non_blocking=True), self.labels[indices[step]]
+            images, labels = images if isinstance(images, list | tuple) else (images, self.labels[indices[step]])
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             if self.seed is not None:
                 generator.manual_seed(seed_for("augmentation", self.seed, epoch, step))
             for transform in self.transforms:
@@ -2134,6 +2158,8 @@ def training_batches(dataset, args, device):
             cache_gib=args.cache_gib,
             workers=args.workers,
         )
+    elif dataset.train.images is None:  # in shards
+        crops = dataset.train.by_workers(device)
     return Batches(
         dataset.train,
         batch_size=args.batch_size,
@@ -2154,6 +2180,235 @@ def evaluation_batches(dataset, split, args, device):
     """Batches of a Split in order and unchanged, up to four times as large as in training: no gradient is stored."""
     size = min(256, 4 * args.batch_size)
     return Batches(split, batch_size=size, mean=dataset.mean, std=dataset.std, device=device)
+
+
+# ---- pipeline/shards.py: More images than a disk holds: training images in tar files of webdataset (shards), read in random order.
+
+LANES = 16  # how many shards are read side by side; the order of the images follows from it, not from --workers
+WINDOW = 8000  # files in memory, of all lanes, among which the next image is drawn
+SEEN_OF_SHARD = 2000  # images of the first shard from which mean and standard deviation are computed
+
+
+class Member(io.BytesIO):
+    """A file in a shard; as text, its name."""
+
+    def __str__(self):
+        return self.name
+
+
+def file_name(url):
+    return re.split(r"[/\\]", url)[-1]
+
+
+def find_shards(pattern):
+    """({split: shards}, class names) of --data-dir, say a/train-{000..099}.tar::a/test.tar: the names say the split.
+
+    classes.txt beside the first shard has a line for class 0, for class 1 ... Raises UserError for a missing split or
+    file, and for the commands (pipe:) that webdataset would run: they may come out of someone else's checkpoint.
+    """
+    wds = import_optional("webdataset")
+    urls = wds.shardlists.expand_urls(pattern)
+    if others := [url for url in urls if urlparse(url).scheme not in ("", "http", "https")]:
+        raise UserError(f"--data-dir {others[0]}: shards are files, or addresses that begin with http: or https:")
+    words = {url: {*re.split(r"[\W_\d]+", file_name(url).lower())} for url in urls}
+    splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
+    if missing := [split for split in ("train", "test") if not splits[split]]:
+        example = "shards/train-{000..099}.tar::shards/test-{0..9}.tar"
+        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {example}")
+    path = urls[0].removesuffix(file_name(urls[0])) + "classes.txt"
+    try:
+        return splits, wds.gopen(path).read().decode().strip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
+
+
+def read_shards(urls, classes):
+    """(image as a Member, label) of each sample. Raises UserError if a shard or a sample cannot be used."""
+    wds, sample = import_optional("webdataset"), None
+    try:
+        for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
+            name, label = f"{file_name(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
+            endings = [ending for ending in EXTENSIONS if ending[1:] in sample]
+            if not endings or not label.isdigit() or int(label) >= len(classes):
+                raise UserError(f"{name} must have an image, as .jpg, and a number below {len(classes)} as .cls")
+            member = Member(sample[endings[0][1:]])
+            member.name = name + endings[0]
+            yield member, int(label)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
+    if not sample:
+        raise UserError(f"--data-dir: {urls[0]} holds no images")
+
+
+class Shards(Crops):
+    """Training images in shards, in the place of a Split: their labels are known when they are read.
+
+    Of R ranks, each reads every R-th shard, and B / R images per step. An epoch has --epoch-images of them, in an order
+    that follows from (seed, epoch) and R; shards that are too few for that are read again.
+    """
+
+    def __init__(self, urls, classes, args):
+        self.urls, self.classes, self.args, self.open = urls, classes, args, {}
+        self.images, self.labels = None, torch.full((args.epoch_images,), -1)
+        spread = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
+        if len(urls) < self.ranks:
+            raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
+        self.lanes = 1 << min(LANES, len(urls) // self.ranks).bit_length() - 1  # a power of two
+
+    def hash(self):
+        """SHA-256 of the names of the shards: nobody reads them all for it."""
+        return hashlib.sha256("\n".join(map(file_name, self.urls)).encode()).hexdigest()
+
+    def samples(self, epoch, lane):
+        """The (Member, label) of a lane, without end: shards in random order, then shuffled within the window."""
+        shuffle = import_optional("webdataset").shuffle
+        rng = random.Random(seed_for("order", self.args.seed, epoch))
+        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * lane :: self.ranks * self.lanes]
+        while True:
+            yield from shuffle(WINDOW // self.lanes, rng=rng)(read_shards(urls, self.classes))
+
+    def cut(self, indices, epoch, step):
+        """(images (B, C, S, S) uint8, labels (B,)) of one step; `indices` only says how many there are."""
+        args, lane = self.args, step % self.lanes
+        at, samples = self.open.get(lane, (None, None))
+        if at != (epoch, step):  # the lane's first step here; what came before it is read, but not decoded
+            before = step // self.lanes * (args.batch_size // self.ranks)
+            samples = islice(self.samples(epoch, lane), before, None)
+        members, labels = zip(*islice(samples, max(1, len(indices) // self.ranks)))
+        self.open[lane] = (epoch, step + self.lanes), samples
+        sizes, files = torch.tensor([upright_size(member) for member in members]), np.array(members)[:, None]
+        images = LargeImages(None, files, sizes, args.image_size, args.crop_pct, None, args.channels)
+        crops = Crops(images, scale=args.scale, ratio=args.ratio or RATIO, seed=args.seed)
+        return crops.cut(np.arange(len(members)), epoch, step * self.ranks + self.rank), torch.tensor(labels)
+
+    def by_workers(self, device):
+        """The same in worker processes: a function from keys, as that of crop_batches."""
+        workers = min(os.cpu_count(), LANES) if self.args.workers is None else self.args.workers
+        return batches_by_workers(self, device, 1 << workers.bit_length() >> 1)  # a power of two: a lane has one worker
+
+
+def read_webdataset(args):
+    """(class names, Shards, {"test" and "val": (images, labels, names)}, (N, C, S, S) uint8 of the first shard)."""
+    urls, classes = find_shards(args.data_dir)
+    crop = partial(centre_crop, crop_pct=args.crop_pct)
+    decode = partial(decode_images, size=args.image_size, decode=crop, channels=args.channels)
+    splits = {}
+    for split in [split for split in ("test", "val") if urls[split]]:
+        images, labels, names = [], [], []
+        for url in urls[split]:  # one after the other: what is not decoded yet is small
+            members, some = zip(*read_shards([url], classes))
+            images.append(torch.from_numpy(decode(members)))
+            labels, names = labels + [*some], names + [*map(str, members)]
+        splits[split] = torch.cat(images), labels, names
+    first = [member for member, _ in islice(read_shards(urls["train"][:1], classes), SEEN_OF_SHARD)]
+    return classes, Shards(urls["train"], classes, args), splits, torch.from_numpy(decode(first))
+
+
+# ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
+
+def made_splits(
+    splits, classes, name, *, val_fraction=0.0, test_fraction=0.2, split_seed=0, group_by=None, folds=None, seed=0
+):
+    """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
+
+    By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
+    folds the one of number seed % folds. group_by is that of parts_of_images. Raises UserError if a split is left
+    without a class, or if a value has no effect.
+    """
+    if folds and "all" not in splits:
+        raise UserError(f"--folds {folds}: {name} has test images of its own; --folds needs class folders alone")
+    if group_by and "all" not in splits and not val_fraction:
+        raise UserError(f"--group-by {group_by}: {name} has test images of its own, and there is no --val-fraction")
+    divide = partial(split_by_class, classes=classes, group_by=group_by)
+    if "all" in splits:
+        share, flag = (folds, "--folds") if folds else (test_fraction, "--test-fraction")
+        parts = divide(splits["all"], share, seed=(split_seed, 0), flag=flag, part=seed % (folds or 1))
+        splits = dict(zip(("test", "train"), parts))
+    elif test_fraction != 0.2:  # not the default
+        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
+    if val_fraction:
+        if "val" in splits:
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
+        parts = divide(splits["train"], val_fraction, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
+    return splits
+
+
+def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
+    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
+
+    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of parts_of_images.
+    """
+    if group_by or fraction >= 1:
+        shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
+        parts = parts_of_images(split, shares, classes, seed=seed, flag=f"{flag} {fraction}", group_by=group_by)
+        return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
+    rng = np.random.default_rng(seed)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (split.labels == label).nonzero()[:, 0].numpy()
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
+        chosen[rng.permutation(members)[:count]] = True
+    return split.pick(chosen), split.pick(~chosen)
+
+
+def group_numbers(names, group_by):
+    """(N,) int: files in which a regular expression finds the same text have one number, whatever their class.
+
+    The text is that of its first group in parentheses, or all that it matches if it has none. Raises UserError for an
+    expression that cannot be compiled, and for a file in which it finds nothing.
+    """
+    try:
+        found = [re.search(group_by, name) for name in map(str, names)]
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: not a regular expression ({error})") from error
+    texts = [match and match[min(1, match.re.groups)] for match in found]
+    if None in texts:
+        raise UserError(f"--group-by {group_by}: it finds nothing in {names[texts.index(None)]}")
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def place_groups(counts, shares, rng):
+    """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
+
+    One group after the other, the largest first and equal ones in random order, is placed where chi-square, the sum of
+    (images - expected)^2 / expected over parts and classes, then is least. A class with as many groups as parts is in
+    every part, if they can be separated.
+    """
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    parts, placed = np.empty(len(counts), int), np.zeros((len(shares), counts.shape[1]))
+    totals, left = counts.sum(0), (counts > 0).sum(0)  # (classes,): images, and groups that are not placed yet
+    for group in order:
+        more = counts[group]
+        growth = (2 * placed + more) * more / totals  # (parts, classes): chi-square's, times shares, and a constant
+        cost = (growth + 1e-9 * placed).sum(1) / shares  # (parts,): among equals, the smallest part
+        lacking = placed == 0
+        last_chance = (lacking & (more > 0) & (left <= lacking.sum(0))).any(1)
+        parts[group] = np.where(last_chance, cost - cost.max() - 1, cost).argmin()
+        placed[parts[group]] += more
+        left -= more > 0
+    return parts
+
+
+def parts_of_images(split, shares, classes, *, seed, flag, group_by=None):
+    """(N,) the part of each image of a Split, by place_groups; without group_by each image is a group.
+
+    Raises UserError if a part has no image of a class; flag is what asked for the parts, with its value.
+    """
+    labels, flag = split.labels.numpy(), flag + (f" with --group-by {group_by}" if group_by else "")
+    groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
+    counts = np.zeros((groups.max() + 1, len(classes)), int)
+    np.add.at(counts, (groups, labels), 1)
+    parts = place_groups(counts, np.array(shares), np.random.default_rng(seed))
+    for label, name in enumerate(classes):
+        if len({*parts[counts[:, label] > 0]}) < len(shares):
+            found = f"images: {counts[:, label].sum()}, groups: {(counts[:, label] > 0).sum()}"
+            raise UserError(f"{flag} leaves a split without class {name} ({found})")
+    return parts[groups]
 
 
 # ---- pipeline/proposals.py: What a folder of photographs proposes for flags that are not given.
@@ -2210,7 +2465,7 @@ def proposals_of_images(given):
 
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", *IMAGENETTES)
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -2223,8 +2478,8 @@ class Split(NamedTuple):
     def pick(self, indices):
         return Split(self.images[indices], self.labels[indices], self.names[indices])
 
-    def hash(self):
-        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache, of labels and files."""
+    def hash(self, name="sha256"):
+        """SHA-256 of labels and pixels; of LargeImages, which keep it in the cache as `name`, of labels and files."""
         digest, large = hashlib.sha256(self.labels.numpy().tobytes()), isinstance(self.images, LargeImages)
 
         def whole():
@@ -2232,7 +2487,7 @@ class Split(NamedTuple):
                 digest.update(Path(part).read_bytes() if large else part)
             return np.frombuffer(digest.digest(), np.uint8)
 
-        return (self.images.cached("sha256", whole) if large else whole()).tobytes().hex()
+        return (self.images.cached(name, whole) if large else whole()).tobytes().hex()
 
 
 class Dataset(NamedTuple):
@@ -2240,11 +2495,12 @@ class Dataset(NamedTuple):
 
     name: str
     classes: list[str]
-    train: Split
+    train: Split  # or Shards, of webdataset
     val: Split | None
     test: Split
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
+    whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -2264,12 +2520,15 @@ def count_classes(name, data_dir):
     """The number of classes of a dataset, without reading its images."""
     if name == "folder":
         return len(find_splits(Path(data_dir))[0])
+    if name == "webdataset":
+        return len(find_shards(data_dir)[1])
     return 100 if name == "cifar100" else 10
 
 
 def is_large(name, image_size):
     """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
-    return isinstance(image_size, int) and (name in IMAGENETTES or (name == "folder" and image_size > SMALL))
+    kept = name in ("webdataset", *IMAGENETTES)
+    return isinstance(image_size, int) and (kept or (name == "folder" and image_size > SMALL))
 
 
 @images_in_memory()
@@ -2280,18 +2539,15 @@ def load_dataset(
     image_size,
     channels=3,
     crop_pct=CROP_PCT,
-    val_fraction=0.0,
-    test_fraction=0.2,
-    split_seed=0,
     cache_dir=None,
     dataset_name=None,
+    **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    val_fraction of the training images is split off, class by class and by split_seed; so is test_fraction of a folder
-    that has no test images. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If
-    is_large, the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises
-    UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
+    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
+    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -2314,21 +2570,14 @@ def load_dataset(
         key: Split(p if large else resized(p, image_size), torch.as_tensor(y), np.asarray(n))
         for key, (p, y, n) in splits.items()
     }
-    if "all" in splits:
-        parts = split_by_class(splits["all"], test_fraction, classes, seed=(split_seed, 0), flag="--test-fraction")
-        splits = dict(zip(("test", "train"), parts))
-    elif folder and test_fraction != 0.2:  # not the default
-        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
-    if val_fraction:
-        if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        parts = split_by_class(splits["train"], val_fraction, classes, seed=(split_seed, 1), flag="--val-fraction")
-        splits["val"], splits["train"] = parts
+    whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
+    if "all" in splits or how_to_split:
+        splits = made_splits(splits, classes, name, **how_to_split)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std)
+    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
 
 
 def dataset_of(args, statistics=None):
@@ -2336,8 +2585,15 @@ def dataset_of(args, statistics=None):
 
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
-    names = ("image_size", "channels", "crop_pct", "val_fraction", "test_fraction", "split_seed", "cache_dir")
-    names += ("dataset_name",)
+    if args.dataset == "webdataset":
+        classes, train, splits, seen = read_webdataset(args)
+        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
+        statistics = statistics or channel_statistics(seen)
+        return Dataset(
+            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
+        )
+    names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
@@ -2375,19 +2631,6 @@ def resized(images, size):
     return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
 
 
-def split_by_class(split, fraction, classes, *, seed, flag):
-    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest."""
-    rng = np.random.default_rng(seed)
-    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (split.labels == label).nonzero()[:, 0].numpy()
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
-        chosen[rng.permutation(members)[:count]] = True
-    return split.pick(chosen), split.pick(~chosen)
-
-
 def channel_statistics(images):
     """Mean and standard deviation of each channel over all pixels, as fractions of 255.
 
@@ -2417,6 +2660,9 @@ def describe(dataset):
     """One line per split: how many images it has, and how many of each class."""
     lines = []
     for key, split in dataset.splits().items():
+        if split.images is None:
+            lines.append(f"{key:6}{len(split.labels):7,} images per epoch, of {len(split.urls):,} shards")
+            continue
         counts = split.labels.bincount(minlength=len(dataset.classes)).tolist()
         if len(set(counts)) == 1:
             each = f"{counts[0]:,} of each of {len(counts)} classes"
@@ -2480,16 +2726,221 @@ def read_archive(path, what_is_wrong, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
 
 
+# ---- training/sharding.py: --fsdp: weights, gradients and optimiser state divided among ranks (FSDP2), for models that do not fit on one GPU.
+
+def shard_model(model, device, ranks):
+    """Divide a model's weights among the ranks, block by block: only one block is whole at any time. Returns it."""
+    mesh = init_device_mesh(device.type, (ranks,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gathered(state):
+    """A state dict with whole tensors in place of shards; every rank must call this."""
+    return tree_map_only(DTensor, DTensor.full_tensor, state)
+
+
+def sharded_like(tensor, parameter):
+    """This rank's shard of a whole tensor, as a parameter is sharded; the tensor itself if its shape is another."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def sharded_weights(weights, model):
+    """Whole weights as shards, for model.load_state_dict."""
+    own = model.state_dict()
+    return {name: sharded_like(tensor, own[name]) for name, tensor in weights.items()}
+
+
+def sharded_state(state, optimizer):
+    """An optimiser's whole state as shards, for its load_state_dict."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shards = {
+        number: {name: sharded_like(tensor, parameters[number]) for name, tensor in values.items()}
+        for number, values in state["state"].items()
+    }
+    return state | {"state": shards}
+
+
+# ---- training/ranks.py: Several processes (ranks) that train one model, started by torchrun: what each does, and what they agree on.
+
+def rank_and_ranks():
+    """(this process's number, the number of processes); (0, 1) without torchrun."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def join_ranks():
+    """Join the processes that torchrun started, if it did. All but the first one are silent from here on.
+
+    Messages that are on the CPU go by gloo, so that they do not wait for a GPU.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        both = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=datetime.timedelta(hours=1))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 until the process ends
+
+
+def leave_ranks():
+    if rank_and_ranks()[1] > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_first_rank(function, *arguments, **options):
+    """What function(*arguments, **options) returns on the first rank, on all of them; it must be picklable."""
+    rank, ranks = rank_and_ranks()
+    value = [function(*arguments, **options) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def first_rank_first(function, *arguments):
+    """function(*arguments) on each machine's first rank, then on the others, which find its downloads and caches."""
+    waits = rank_and_ranks()[1] > 1 and os.environ["LOCAL_RANK"] != "0"
+    if waits:
+        dist.barrier()
+    value = function(*arguments)
+    if rank_and_ranks()[1] > 1 and not waits:
+        dist.barrier()
+    return value
+
+
+def any_rank(*flags):
+    """For each of the flags, whether it is true on any rank. Every rank must call this at the same place."""
+    if rank_and_ranks()[1] > 1:
+        flags = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags]
+
+
+def rank_words():
+    """What a rank's dropout is seeded by, beside the batch; nothing on the first rank."""
+    rank, _ = rank_and_ranks()
+    return (rank,) if rank else ()
+
+
+def own_rows(count):
+    """The slice of a batch of `count` images that this rank takes; with fewer images than ranks, some take the first
+    one again, in place of none: every rank has to take part in every step."""
+    rank, ranks = rank_and_ranks()
+    each, more = divmod(count, ranks)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more)) if rank < count else slice(0, 1)
+
+
+def shared_steps(batches, epoch, start_step, *, accumulate):
+    """The steps of an epoch: lists of (images, labels, weight), this rank's parts of `accumulate` batches or the rest.
+
+    The mean loss of each part, times its weight, added up over the list and averaged over the ranks, is the mean over
+    the images of the step. The weight of an image in place of none is 0. Batches that are not `whole` are this rank's
+    parts already, and as large as those of the others.
+    """
+    rank, ranks = rank_and_ranks() if batches.whole else (0, 1)
+    left = batches.batches(epoch, start_step)
+    while group := list(itertools.islice(left, accumulate)):
+        total = sum(len(labels) for _, labels in group)
+        parts = []
+        for images, labels in group:
+            rows = own_rows(len(labels)) if batches.whole else slice(0, len(labels))
+            counted = rows.stop - rows.start if rank < len(labels) else 0
+            parts.append((images[rows], labels[rows], counted * ranks / total))
+        yield parts
+
+
+def synchronise_last(parts, forward):
+    """The parts of a step; gradients are averaged over the ranks in the backward pass of the last one alone."""
+    for part in parts:
+        last = part is parts[-1]
+        if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+            forward.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync():  # DDP
+            yield part
+
+
+def rows_of_all_ranks(values, rows, count):
+    """values (B, ...), this rank's own_rows, as (count, ...), those of all ranks in order."""
+    rank, ranks = rank_and_ranks()
+    if ranks == 1:
+        return values
+    whole = values.new_zeros(count, *values.shape[1:])
+    if rank < count:
+        whole[rows] = values
+    dist.all_reduce(whole)
+    return whole
+
+
+ADDED_BY_RANK = ("loss", "correct", "images")  # of new_sums; the rest is the same on all ranks
+
+
+def sums_of_all_ranks(sums):
+    """What an epoch has added up (see new_sums), over all ranks."""
+    if rank_and_ranks()[1] == 1:
+        return sums
+    totals = {name: torch.as_tensor(sums[name]).clone() for name in ADDED_BY_RANK}
+    for total in totals.values():
+        dist.all_reduce(total)
+    return sums | totals | {"images": totals["images"].item()}
+
+
+def same_buffers(model):
+    """Give a model's buffers, such as BatchNorm's statistics, the values of the first rank."""
+    for buffer in model.buffers() if rank_and_ranks()[1] > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def check_ranks(args, device):
+    """Raises UserError for flags that exclude each other, or the number of ranks."""
+    ranks = rank_and_ranks()[1]
+    given = {"--fsdp": args.fsdp, "--sync-bn": args.sync_bn}
+    for flag in (flag for flag in given if given[flag] and ranks == 1):
+        raise UserError(f"{flag} needs several processes: torchrun --nproc-per-node 2 ...")
+    if args.batch_size % ranks:
+        raise UserError(f"--batch-size {args.batch_size}: {ranks} processes cannot share it equally")
+    if args.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn needs GPUs, and --device is {device.type}")
+    if args.fsdp and args.opt == "muon":
+        raise UserError("--fsdp and --opt muon exclude each other: Muon needs whole matrices")
+    if args.fsdp and (args.model_ema_decay or args.swa_start):
+        raise UserError("--fsdp excludes --model-ema-decay and --swa-start: an average would be whole on each rank")
+
+
+def shared_forward(model, args, device):
+    """The model as training calls it: on several ranks wrapped in DDP, or sharded block by block with --fsdp.
+
+    --sync-bn makes BatchNorm see the whole batch, not each rank's part. Raises UserError (see check_ranks).
+    """
+    check_ranks(args, device)
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return model
+    if args.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not args.fsdp:
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return shard_model(model, device, ranks)
+
+
 # ---- training/device.py: The device: its precision, its name, its memory, and torch.compile on it.
 
 def pick_device(name=None):
-    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none."""
+    """torch.device of that name; without a name cuda, then mps, then cpu. Raises UserError if there is none.
+
+    Under torchrun, each process on a machine takes a GPU of its own.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind in there if there[kind]]
     try:
         device = torch.device(name or available[0])
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; available: {', '.join(available)}") from error
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         reason = "this machine, or this build of torch, has none"
         raise UserError(f"--device {name}: {reason}; available: {', '.join(available)}")
@@ -2565,16 +3016,20 @@ class Precision:
 
     amp is "auto" (bf16 if the device has it, else fp16 on CUDA, else off), "bf16", "fp16", "tf32" (float32 weights and
     activations, multiplied in TF32) or "off" (float32). What remains in float32 under bf16 and fp16 is multiplied in
-    TF32 as well. Raises UserError for bf16 and tf32 on a device without it.
+    TF32 as well. deterministic: the same bits each time, on a GPU as on a CPU. Raises UserError for bf16 and tf32 on a
+    device without it.
     """
 
-    def __init__(self, amp, device):
+    def __init__(self, amp, device, *, deterministic=False):
         if amp == "auto":
             amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "off"
         elif amp == "bf16" and not has_bfloat16(device):
             raise UserError(f"--amp bf16: {device_name(device)} has no bfloat16; use --amp auto")
         elif amp == "tf32" and not has_tf32(device):
             raise UserError(f"--amp tf32: {device_name(device)} has no TF32; use --amp auto")
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+            torch.use_deterministic_algorithms(True)
         self.amp, self.device = amp, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
         if device.type == "cuda":  # after the newer fp32_precision these could not be read
@@ -2617,13 +3072,14 @@ LONG = 1_000_000  # --compile auto compiles for a GPU from this many training im
 
 
 def compiled_forward(model, args, *, device, num_images):
-    """What to call in training: the model, or the compiled model on the same weights, as --compile says.
+    """What to call in training: the model, compiled as --compile says and shared by ranks, on the same weights.
 
     auto compiles on CUDA alone, with CUDA graphs, and only for long runs (num_images is per epoch): compiling takes a
     minute or more. On two Zen 5 cores it took four minutes for a ResNet18, whose steps then took an eighth longer. A
     batch of another size than --batch-size, the last of an epoch, goes through the model itself. If nothing can be
     compiled, one line says so.
     """
+    model = shared_forward(model, args, device)
     long_run = device.type == "cuda" and args.epochs * num_images >= LONG
     if args.compile == "off" or (args.compile == "auto" and not long_run):
         return model
@@ -2633,6 +3089,8 @@ def compiled_forward(model, args, *, device, num_images):
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         print(f"warning: --compile {args.compile}: {reason}; training without it", file=sys.stderr)
         return model
+    if rank_and_ranks()[1] > 1:  # without CUDA graphs, since gradients are averaged in the backward pass
+        return torch.compile(model)
     compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def forward(images):
@@ -2652,6 +3110,12 @@ def memory_watched(run):
         if "more than 1 value per channel" in str(error):
             said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
             raise UserError(f"--batch-size {run.args.batch_size}: {said}") from error
+        if "does not have a deterministic implementation" in str(error):
+            raise UserError(f"--deterministic: {str(error).splitlines()[0]}") from error
+        if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
+            raise UserError(
+                f"another process of this run has ended; {run.folder}/last.pt holds what was saved"
+            ) from error
         raise
 
 
@@ -2691,6 +3155,72 @@ def largest_batch(run):
     return 2 ** (most.bit_length() - 1) if most else 0
 
 
+# ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
+
+def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
+    """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
+    bounds = {"at least": low, "above": above, "at most": high, "below": below}
+    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+
+    def convert(text):
+        if optional and text == "none":
+            return None
+        value = kind(text)
+        if not (low <= value <= high and above < value < below):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type by it
+    return convert
+
+
+def pixels(text):
+    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    return sides if len(set(sides)) == 2 else sides[0]
+
+
+def as_epoch_and_count(text):
+    """(first epoch, batches per step) of a value of --accumulate: K from epoch 0 on, or EPOCH:K."""
+    epoch, _, count = text.rpartition(":")
+    return int(epoch or 0), int(count)
+
+
+def epoch_and_count(text):
+    """A flag's type: a value of --accumulate, as EPOCH:K."""
+    epoch, count = as_epoch_and_count(text)
+    if epoch < 0 or count < 1:
+        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
+    return f"{epoch}:{count}"
+
+
+def at_least(low, kind=int):
+    return number(kind, low=low)
+
+
+positive = number(above=0)
+fraction = number(low=0, below=1)
+probability = number(low=0, high=1)
+
+
+def is_own_class(value):
+    """Whether --attention names a class of the user's own, as FILE.py:Class."""
+    return isinstance(value, str) and ".py:" in value
+
+
+def name_or_class(names):
+    """A flag's type: one of the names, or FILE.py:Class, which is not loaded here."""
+
+    def convert(text):
+        if text in names or is_own_class(text):
+            return text
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or FILE.py:Class)")
+
+    return convert
+
+
 # ---- training/flags.py: The flags that all training scripts share, the types of their values, and the parser that explains them.
 
 # what --help shows; --help-all shows every flag
@@ -2700,15 +3230,16 @@ ESSENTIAL = {
     *("model", "pretrained", "init_from", "patch_size", "embed_dim", "depth", "num_heads"),  # of the models
     *("attention", "freeze"),
 }
-# What a flag is. Every flag that is not listed is part of the run: a resumed run must agree with it, and results that
-# differ in it are not of one group.
+# What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(("log", "log_steps"), "place"),
     # not kept when a run is resumed; left out of results
-    **dict.fromkeys(("cache_gib", "workers", "profile"), "machine"),
+    **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
-    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "summary", "help", "help_all"), "start"),
+    **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "skip_test"), "start"),
+    **dict.fromkeys(("summary", "find_lr", "help", "help_all"), "start"),
 }
 
 
@@ -2719,9 +3250,6 @@ def flag_kind(name):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Appends each flag's default to its help."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
 
     def _get_help_string(self, action):
         default = action.default
@@ -2735,7 +3263,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line, and no exit from a notebook."""
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        formatter = partial(HelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
     def parse_args(self, args=None, namespace=None):
         return super().parse_args(command_line() if args is None else args, namespace)
@@ -2772,56 +3301,6 @@ class TrainingParser(Parser):
         return self.format_help() + (f"\n{len(left_out)} more flags: --help-all\n" if left_out else "")
 
 
-def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
-    """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
-    bounds = {"at least": low, "above": above, "at most": high, "below": below}
-    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-
-    def convert(text):
-        if optional and text == "none":
-            return None
-        value = kind(text)
-        if not (low <= value <= high and above < value < below):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names the type by it
-    return convert
-
-
-def pixels(text):
-    """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
-    return sides if len(set(sides)) == 2 else sides[0]
-
-
-def at_least(low, kind=int):
-    return number(kind, low=low)
-
-
-positive = number(above=0)
-fraction = number(low=0, below=1)
-probability = number(low=0, high=1)
-
-
-def is_own_class(value):
-    """Whether --attention names a class of the user's own, as FILE.py:Class."""
-    return isinstance(value, str) and ".py:" in value
-
-
-def name_or_class(names):
-    """A flag's type: one of the names, or FILE.py:Class, which is not loaded here."""
-
-    def convert(text):
-        if text in names or is_own_class(text):
-            return text
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or FILE.py:Class)")
-
-    return convert
-
-
 def make_parser(script, description, *, recipes, datasets, policies):
     """A TrainingParser with the flags of every training script; the script (its file) adds those of its model.
 
@@ -2833,6 +3312,7 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
+    add("--find-lr", action="store_true", help="sweep the learning rate in short runs, suggest one, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
@@ -2848,14 +3328,15 @@ def add_data_flags(group, datasets):
     add("--dataset-name", metavar="NAME", help="what results call your folder (default: the folder's name)")
     help_text = "resize images, to a square or to HEIGHTxWIDTH; above 64, squares of folders are cropped"
     add("--image-size", type=pixels, metavar="PIXELS", help=help_text)
-    help_text = "1 reads a folder in grey, 3 in colour"
-    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help=help_text)
+    add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help="1 reads a folder in grey, 3 in colour")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
     help_text = "share of the training images to validate on; the test set is then opened once"
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
+    add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
     add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
     help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"
@@ -2884,6 +3365,7 @@ def add_augmentation_flags(group, policies):
 
 def add_optimizer_flags(group):
     add = group.add_argument
+    add("--epoch-images", type=at_least(1), metavar="N", help="images of an epoch of webdataset's shards")
     add("--epochs", type=at_least(1), metavar="N", help="more are slower and better; 2 give a first look")
     add("--batch-size", type=at_least(1), metavar="N", help="halve it, and --lr with it, if memory runs out")
     add("--lr", type=positive, help="peak learning rate; lower it if the loss explodes")
@@ -2901,6 +3383,10 @@ def add_optimizer_flags(group):
     add("--opt-eps", type=positive, metavar="E", default=1e-8, help="of adam and adamw")
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
     add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
+    help_text = "batches per update of the weights: K, or by epoch from 0, as 0:8 10:4; saves memory"
+    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["0:1"], help=help_text)
+    help_text = "auto scales the recipe's --lr to the batch: linearly for sgd, by the square root for the others"
+    add("--lr-scale", choices=("none", "auto"), default="none", help=help_text)
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
     add("--drop-last", action=argparse.BooleanOptionalAction, default=False, help=help_text)
 
@@ -2915,9 +3401,15 @@ def add_schedule_flags(group):
     add("--warmup-epochs", type=at_least(0, float), metavar="EPOCHS", help=help_text)
     add("--div-factor", type=positive, metavar="F", default=25.0, help="onecycle starts at the peak divided by this")
     add("--smoothing", type=fraction, default=0.0, help="label smoothing")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
     add("--model-ema-decay", type=fraction, metavar="D", default=0.0, help="evaluate averaged weights, say 0.999")
+    help_text = "after this share of the epochs, evaluate the mean of the weights after each epoch (SWA)"
+    add("--swa-start", type=fraction, metavar="F", default=0.0, help=help_text)
+    help_text = "constant learning rate from --swa-start on (default: the schedule's at that time)"
+    add("--swa-lr", type=positive, metavar="LR", help=help_text)
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
+    add("--clip-value", type=positive, metavar="V", help="limit each element of the gradient")
     add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 
@@ -2928,13 +3420,40 @@ def add_run_flags(group):
     add("--resume", metavar="RUN", help="a run's folder to resume; auto: resume if it exists, else start it")
     add("--overwrite", action="store_true", help="replace a run of the same name")
     add("--minutes", type=positive, metavar="M", help="save and stop after M minutes, say before Colab ends")
+    add("--skip-test", action="store_true", help="leave the test set shut: choose on validation images first")
     add("--save-minutes", type=positive, metavar="M", default=10.0, help="save within an epoch every M minutes")
-    help_text = "keep the checkpoints after these epochs"
-    add("--save-epochs", type=at_least(1), nargs="*", metavar="EPOCH", default=[], help=help_text)
+    add("--save-epochs", type=at_least(1), nargs="*", metavar="N", default=[], help="keep these epochs' checkpoints")
+    add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower")
+    add("--fsdp", action="store_true", help="with torchrun: divide weights and optimiser among GPUs (FSDP2)")
+    add("--sync-bn", action="store_true", help="with torchrun: BatchNorm sees the whole batch")
+    add("--log", choices=("tensorboard", "wandb", "trackio"), nargs="*", default=[], help="log to these as well")
+    add("--log-steps", action="store_true", help="log each step as well, to steps.csv and to those of --log")
     add("--profile", action="store_true", help="also write where the time of ten steps goes")
 
 
-# ---- training/optimizer.py: Optimisers, learning-rate schedules (stepped once per optimiser step), and the average of the weights.
+# ---- training/optimizer.py: The loss, optimisers, learning-rate schedules (stepped once per optimiser step), the average of the weights.
+
+def make_loss(args, dataset, device):
+    """The loss that the flags ask for, as a function of logits (B, classes) and labels (B,) or (B, classes).
+
+    With --class-weights balanced, an image counts N / (classes x images of its class), of the N training images.
+    """
+    if args.class_weights == "none":
+        return partial(cross_entropy, label_smoothing=args.smoothing)
+    labels = dataset.train.labels
+    counts = labels.bincount(minlength=len(dataset.classes)).clamp(min=1)  # --overfit may leave a class out
+    weights = (len(labels) / (len(counts) * counts)).to(device)
+    return partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+
+
+def weighted_cross_entropy(logits, labels, *, weights, smoothing):
+    """The sum of the weighted losses of B images, divided by B; of a mixed image, each label has its class's weight.
+
+    torch's own mean divides by the sum of the weights, so that the losses of parts of a batch do not add up to its own.
+    """
+    shares = weights * (one_hot(labels, len(weights)) if labels.ndim == 1 else labels)  # (B, classes)
+    return cross_entropy(logits, shares.lerp(shares.mean(1, keepdim=True), smoothing))
+
 
 def parameter_groups(model, weight_decay, *, decay_all, leave_out=()):
     """Two groups of the trained parameters for an optimiser: with weight decay, and without.
@@ -3021,14 +3540,6 @@ def make_optimizer(args, model):
     return kind(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
 
 
-def make_average(model, decay):
-    """An exponential moving average of a model's weights and buffers, to be updated by .update_parameters(model).
-
-    Buffers are averaged too: otherwise the statistics of BatchNorm would belong to other weights. None if decay is 0.
-    """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval() if decay else None
-
-
 DEFAULT_MILESTONES = (100 / 160, 150 / 160)  # of the run's length: the report's epochs 100 and 150 of 160
 
 
@@ -3069,7 +3580,39 @@ def onecycle_schedule(optimizer, *, epochs, steps_per_epoch, peak, div_factor):
     )
 
 
+class ThenConstant:
+    """A schedule whose learning rate is constant from step `start` on: lr, or if that is None the schedule's own."""
+
+    def __init__(self, schedule, *, start, lr):
+        self.schedule, self.start, self.lr = schedule, start, lr
+        self.get_last_lr = schedule.get_last_lr
+        self.state_dict, self.load_state_dict = schedule.state_dict, schedule.load_state_dict
+
+    def step(self):
+        if self.schedule.last_epoch < self.start:
+            self.schedule.step()
+        else:
+            self.schedule.last_epoch += 1
+        if self.schedule.last_epoch >= self.start and self.lr:
+            for group in self.schedule.optimizer.param_groups:
+                group["lr"] = self.lr
+            self.schedule._last_lr = [self.lr] * len(self.schedule.optimizer.param_groups)
+
+
+def swa_epoch(args):
+    """The epoch, counted from 0, after which --swa-start averages the weights for the first time."""
+    return min(round(args.swa_start * args.epochs), args.epochs - 1)
+
+
 def make_schedule(args, optimizer, *, steps_per_epoch):
+    """The decaying_schedule, and with --swa-start the constant learning rate that follows it (--swa-lr)."""
+    schedule = decaying_schedule(args, optimizer, steps_per_epoch=steps_per_epoch)
+    if not args.swa_start:
+        return schedule
+    return ThenConstant(schedule, start=swa_epoch(args) * steps_per_epoch, lr=args.swa_lr)
+
+
+def decaying_schedule(args, optimizer, *, steps_per_epoch):
     """The schedule that the flags ask for (--sched, --epochs, --milestones, --gamma, --warmup-epochs, --div-factor)."""
     length = {"epochs": args.epochs, "steps_per_epoch": steps_per_epoch}
     if args.sched == "multistep":
@@ -3078,6 +3621,215 @@ def make_schedule(args, optimizer, *, steps_per_epoch):
         return onecycle_schedule(optimizer, **length, peak=args.lr, div_factor=args.div_factor)
     warmup_epochs = 0.1 * args.epochs if args.warmup_epochs is None else args.warmup_epochs
     return cosine_schedule(optimizer, **length, warmup_epochs=warmup_epochs)
+
+
+# ---- training/loop.py: The hand-written loops: one epoch of training, and one pass over images that evaluates a model.
+
+def new_sums(device):
+    """What an epoch adds up, from its first step.
+
+    On the device: the loss summed over images, that of the last step, the number of correct images, and the first step
+    whose loss is not finite, with its learning rate. On the host: steps, images, seconds, and the last learning rate.
+    """
+    return {
+        "loss": torch.zeros((), device=device),
+        "last_loss": torch.zeros((), device=device),
+        "correct": torch.zeros((), dtype=torch.int64, device=device),
+        "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
+        "bad_lr": torch.zeros((), device=device),
+        "step": 0,
+        "images": 0,
+        "seconds": 0.0,
+        "lr": 0.0,
+    }
+
+
+def loss_and_accuracy(sums):
+    """The means per image, as floats: waits for the device."""
+    return sums["loss"].item() / sums["images"], sums["correct"].item() / sums["images"]
+
+
+def train_one_epoch(
+    *,
+    model,
+    forward=None,
+    batches,
+    loss_function,
+    optimizer,
+    schedule,
+    precision,
+    seed,
+    epoch,
+    sums,
+    accumulate=("1",),
+    clip_grad=None,
+    clip_value=None,
+    average=None,
+    after_step,
+):
+    """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
+
+    forward(images) gives the logits, in place of the model itself, if it is compiled or shared (see compiled_forward).
+    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, by the gradient of
+    so many batches (see batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
+    average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
+    epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
+    """
+    model.train()
+    forward = forward or model
+    scaler = precision.scaler
+    for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
+        optimizer.zero_grad()
+        for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
+            torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
+            with precision.autocast():
+                logits = forward(images)  # (B, classes)
+                loss = loss_function(logits, labels)  # ()
+            scaler.scale(loss * weight).backward()
+            if weight:  # without: an image in place of none, see shared_steps
+                add_batch(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
+            sums["step"] += 1
+        if clip_grad or clip_value:
+            scaler.unscale_(optimizer)
+        if clip_grad:
+            clip_grad_norm_(model.parameters(), clip_grad)
+        if clip_value:
+            clip_grad_value_(model.parameters(), clip_value)
+        scaler.step(optimizer)
+        scaler.update()
+        if average:
+            average.after_step(model)
+        for _ in parts:  # a schedule counts batches
+            schedule.step()
+        if after_step(sums):
+            break
+
+
+def add_batch(sums, loss, logits, labels, *, lr):
+    """Add one batch to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
+    sums["loss"] += loss * len(labels)
+    sums["last_loss"] = loss
+    hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
+    sums["correct"] += (logits.argmax(1) == hard_labels).sum()
+    sums["images"] += len(labels)
+    first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
+    sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
+    sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
+    sums["lr"] = lr
+
+
+def batches_per_step(accumulate, epoch):
+    """How many batches make a step in an epoch, counted from 0, by --accumulate, say ["0:8", "10:4"]."""
+    return [count for start, count in [(0, 1), *sorted(map(as_epoch_and_count, accumulate))] if start <= epoch][-1]
+
+
+@torch.inference_mode()
+def validate(*, model, batches, precision):
+    """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
+
+    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in. Several ranks take a part of
+    each batch, and all have the result.
+    """
+    training = model.training
+    same_buffers(model)
+    model.eval()
+    sums = new_sums(batches.device)
+    outputs = []
+    for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
+        rows = own_rows(len(labels))
+        with precision.autocast():
+            logits = model(images[rows])  # (B, classes)
+        outputs.append(rows_of_all_ranks(logits.float(), rows, len(labels)))
+        sums["loss"] += cross_entropy(outputs[-1], labels, reduction="sum")
+        sums["correct"] += (outputs[-1].argmax(1) == labels).sum()
+        sums["images"] += len(labels)
+    model.train(training)
+    return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)
+
+
+# ---- training/find_lr.py: --find-lr: a learning rate from short sweeps, on the steepest part of the loss (Smith 2017; fastai's "steepest").
+
+LOWEST, DECADES, DECADE = 1e-7, 8, 12  # a sweep's first learning rate, its decades, and the steps of each
+SWEEP, SWEEPS = DECADES * DECADE + 1, 3  # steps of a sweep; sweeps
+
+
+def smooth(losses, share=0.9):
+    """Exponential means of a list of losses, corrected for their start at zero as in Adam."""
+    mean, means = 0.0, []
+    for count, loss in enumerate(losses, 1):
+        mean = share * mean + (1 - share) * loss
+        means.append(mean / (1 - share**count))
+    return means
+
+
+def sweep(run, train_epoch, *, first_epoch):
+    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = LOWEST
+    schedule = LambdaLR(run.optimizer, lambda step: 10 ** (step / DECADE))
+    rates, losses, ended = [], [], False
+
+    def after_step(sums):
+        nonlocal ended
+        rates.append(sums["lr"])
+        losses.append(sums["last_loss"].item())
+        means = smooth(losses)
+        ended = len(losses) == SWEEP or not means[-1] <= 4 * min(means)  # also if it is not a number
+        return ended
+
+    while not ended:
+        train_epoch(schedule=schedule, epoch=first_epoch, sums=new_sums(run.device), after_step=after_step)
+        first_epoch += 1
+    finite = sum(map(math.isfinite, losses))
+    return rates[:finite], smooth(losses[:finite])
+
+
+def steepest(rates, losses):
+    """The middle of the decade of learning rates over which smoothed losses fall most.
+
+    The first decade is left out, as its means are of few losses, and so is what falls from above its losses: the way
+    back after a jump. Raises UserError if the losses do not fall.
+    """
+    level = max(losses[: DECADE + 1])
+    starts = [step for step in range(DECADE, len(losses) - DECADE) if losses[step] <= level]
+    falls = {losses[step] - losses[step + DECADE]: step for step in starts}
+    if max(falls, default=0) <= 0:
+        raise UserError(f"--find-lr: no learning rate from {LOWEST:g} to {rates[-1]:.1g} lowers the loss")
+    return rates[falls[max(falls)] + DECADE // 2]
+
+
+def find_lr(run, train_epoch):
+    """(learning rates, sweeps): what each sweep suggests, and its curve as (rates, smoothed losses).
+
+    train_epoch is train_one_epoch with what stays the same in all epochs. Order, augmentation and dropout follow from
+    (seed, epoch), so each sweep has epochs of its own. The run is afterwards as it was before, to the bit.
+    """
+    parts = run.model, run.optimizer, run.precision.scaler
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    sweeps = []
+    with memory_watched(run), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        for number in range(SWEEPS):
+            sweeps.append(sweep(run, train_epoch, first_epoch=number * SWEEP))
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(copy.deepcopy(state))
+            run.optimizer.zero_grad()
+    return [steepest(*curve) for curve in sweeps], sweeps
+
+
+def draw_sweeps(path, rates, sweeps):
+    """Draw the curves of sweeps to a file, with the rate that each suggests; returns the path."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (rate, (swept, losses)) in enumerate(zip(rates, sweeps, strict=True)):
+        axes.semilogx(swept, losses, f"C{number}")
+        axes.plot(rate, losses[swept.index(rate)], f"C{number}o", label=f"{rate:.1e}")
+    low, level = min(min(losses) for _, losses in sweeps), max(max(losses[:DECADE]) for _, losses in sweeps)
+    axes.set(xlabel="learning rate", ylabel="smoothed training loss", ylim=(1.1 * low - 0.1 * level, 2 * level - low))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    make_folder(path.parent)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    return path
 
 
 # ---- training/outputs.py: What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json.
@@ -3119,6 +3871,16 @@ def print_summary(table, args):
     print(f"its learning rate: {path}")
 
 
+def print_lr(run, train_epoch):
+    """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
+    if rank_and_ranks()[1] > 1:
+        raise UserError("--find-lr needs a single process, without torchrun")
+    rates, sweeps = find_lr(run, train_epoch)
+    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
+    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
+    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
+
+
 def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))
@@ -3134,7 +3896,10 @@ def epoch_line(row, epochs):
 def accuracy_text(result):
     """The accuracy of a finished run, or with --overfit how many images it learnt."""
     if not (count := result["args"].get("overfit")):
-        return f"test accuracy {result['test_accuracy']:.2%} after epoch {result['epochs']}"
+        accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
+        differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
+        recalls = f"; balanced accuracy {balanced:.2%}, the mean over classes" if differs else ""
+        return f"test accuracy {accuracy:.2%} after epoch {result['epochs']}{recalls}"
     learnt = round(count * result["test_accuracy"])
     advice = "" if learnt == count else "; more --epochs or another --lr may do it, else look for a mistake"
     return f"{learnt} of {count} images learnt by heart{advice}"
@@ -3151,14 +3916,15 @@ def write_log(path, history):
 def draw_curves(path, history, args):
     """Loss and accuracy against the epoch of a run with the arguments args; a dotted line where multistep acted.
 
-    A training loss with label smoothing or mixed labels, and an accuracy on mixed images, are other quantities than
-    those on validation and test images: they have axes of their own.
+    A training loss with label smoothing, mixed labels or weights, and an accuracy on mixed images, are other quantities
+    than those on validation and test images: they have axes of their own.
     """
     epochs = [row["epoch"] for row in history]
     stepped = args.sched == "multistep"
     falls = [row["epoch"] for before, row in itertools.pairwise(history) if stepped and row["lr"] < before["lr"]]
-    mixed, smoothed = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
-    other = {"train_loss": f"training loss{smoothed}{', mixed labels' if mixed else ''}"} if smoothed or mixed else {}
+    mixed, how = args.mixup or args.cutmix, f", label smoothing {args.smoothing:g}" if args.smoothing else ""
+    how += (", mixed labels" if mixed else "") + (", classes weighted" if args.class_weights != "none" else "")
+    other = {"train_loss": f"training loss{how}"} if how else {}
     other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
     panels = [([name], label) for name, label in other.items()]
     for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
@@ -3216,8 +3982,18 @@ def count_parameters(model, leave_out=None):
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != leave_out)
 
 
-def write_result(path, run, *, test_accuracy, at_best_val):
-    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict."""
+def balanced_accuracy(logits, labels):
+    """The mean recall of the classes that occur in labels (N,), for logits (N, classes)."""
+    correct = logits.argmax(1).to(labels.device) == labels
+    return statistics.fmean(correct[labels == label].double().mean().item() for label in labels.unique())
+
+
+def write_result(run, logits, *, test_accuracy, raw, at_best_val):
+    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
+
+    logits (N, classes) are those of the test images; raw is the test accuracy of the weights themselves, if averaged
+    ones are evaluated.
+    """
     args, history, dataset = vars(run.args), run.history, run.dataset
     on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     commit, clean = git_commit(run.script)
@@ -3233,15 +4009,18 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
-        "data_hash": run.data_hashes["train"],
+        "data_hash": dataset.whole_hash or run.data_hashes["train"],  # folds of one set of images are one group
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],
         "test_accuracy": test_accuracy,
+        "test_balanced_accuracy": balanced_accuracy(logits, dataset.test.labels),
         "val_accuracy": history[-1]["val_accuracy"],
         "test_accuracy_at_best_val": at_best_val,
         "best_on_test": max(on_test, default=None),
-        "weights": "ema" if run.average else "raw",
+        "raw_test_accuracy": raw,
+        "weights": "raw" if raw is None else run.average.kind,
+        "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,
         "seconds": sum(row["seconds"] for row in history),
         "images_per_second": statistics.median(row["images_per_second"] for row in history),
@@ -3253,7 +4032,8 @@ def write_result(path, run, *, test_accuracy, at_best_val):
         "clean": clean,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
     return result
 
 
@@ -3343,6 +4123,9 @@ def is_of_kind(value, kind):
 
 def make_checkpoint(run):
     """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types."""
+    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+    if run.args.fsdp:
+        weights, optimizer = gathered(weights), gathered(optimizer)
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -3352,17 +4135,18 @@ def make_checkpoint(run):
         "mean": run.dataset.mean,
         "std": run.dataset.std,
         "data_hashes": run.data_hashes,
-        "weights": run.model.state_dict(),
-        "ema": run.average.module.state_dict() if run.average else None,
-        "optimizer": run.optimizer.state_dict(),
+        "weights": weights,
+        "ema": run.average.model.state_dict() if run.average and run.average.model else None,
+        "optimizer": optimizer,
         # without the milestones: they follow from the arguments, and are no plain type
         "schedule": {name: value for name, value in run.schedule.state_dict().items() if name != "milestones"},
         "scaler": run.precision.scaler.state_dict(),
         "seed": run.args.seed,
         "epoch": run.epoch,
         "step": run.sums["step"],
-        "sums": run.sums,
+        "sums": sums_of_all_ranks(run.sums),
         "history": run.history,
+        "log_id": run.log_id,
         "args": vars(run.args),
     }
 
@@ -3450,142 +4234,45 @@ def check_same_images(checkpoint, run):
         raise UserError(f"the {changed[0]} images are not those of the run to resume: an image or its class is another")
 
 
+def load_weights(model, weights, *, sharded):
+    """Load whole weights, of which each rank keeps its shards if the model is `sharded` (--fsdp)."""
+    if sharded:
+        weights = sharded_weights(weights, model)
+    model.load_state_dict(weights)
+
+
 def restore_training(checkpoint, run):
     """Restore a run's weights, optimiser, schedule, scaler and position from a checkpoint."""
     with read_from_outside(f"--resume {run.folder}: the checkpoint does not fit the run"):
-        run.model.load_state_dict(checkpoint["weights"])
-        if run.average:
-            run.average.module.load_state_dict(checkpoint["ema"])
-            run.average.n_averaged.fill_(checkpoint["epoch"] + checkpoint["step"])  # only whether it is 0 matters
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_weights(run.model, checkpoint["weights"], sharded=run.args.fsdp)
+        if checkpoint["ema"]:
+            run.average.load(checkpoint["ema"], epoch=checkpoint["epoch"], step=checkpoint["step"])
+        state = checkpoint["optimizer"]
+        if run.args.fsdp:
+            state = sharded_state(state, run.optimizer)
+        run.optimizer.load_state_dict(state)
         run.schedule.load_state_dict(checkpoint["schedule"])
         if checkpoint["scaler"]:
             run.precision.scaler.load_state_dict(checkpoint["scaler"])
-        run.epoch, run.history = checkpoint["epoch"], checkpoint["history"]
+        run.epoch, run.history, run.log_id = checkpoint["epoch"], checkpoint["history"], checkpoint.get("log_id")
         if run.epoch != len(run.history):
             raise ValueError(f"{run.epoch} epochs, and a history of {len(run.history)}")
         for name, value in checkpoint["sums"].items():
             name = "images" if name == "pictures" else name  # as older versions called it
-            run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
+            if name not in ADDED_BY_RANK or is_first_rank():  # which has the others' share as well
+                run.sums[name] = value.to(run.device) if torch.is_tensor(value) else value
         run.sums["step"] = checkpoint["step"]
 
 
-# ---- training/loop.py: The hand-written loops: one epoch of training, and one pass over images that evaluates a model.
+# ---- training/folder.py: A run's folder: its name, what may lie there already, and a run that is replaced.
 
-def new_sums(device):
-    """What an epoch adds up, from its first step.
-
-    On the device: the loss summed over images, the number of correct ones, and the first step whose loss is not finite,
-    with its learning rate. On the host: steps, images, seconds, and the last step's learning rate.
-    """
-    return {
-        "loss": torch.zeros((), device=device),
-        "correct": torch.zeros((), dtype=torch.int64, device=device),
-        "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
-        "bad_lr": torch.zeros((), device=device),
-        "step": 0,
-        "images": 0,
-        "seconds": 0.0,
-        "lr": 0.0,
-    }
-
-
-def loss_and_accuracy(sums):
-    """The means per image, as floats: waits for the device."""
-    return sums["loss"].item() / sums["images"], sums["correct"].item() / sums["images"]
-
-
-def train_one_epoch(
-    *,
-    model,
-    forward=None,
-    batches,
-    loss_function,
-    optimizer,
-    schedule,
-    precision,
-    seed,
-    epoch,
-    sums,
-    clip_grad=None,
-    average=None,
-    after_step,
-):
-    """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
-
-    forward(images) gives the logits, in place of the model itself, if it is compiled (see compiled_forward).
-    loss_function(logits, labels) gives the mean over the batch. average is torch's AveragedModel; it follows each
-    update of the weights. after_step(sums) is called after each step, and ends the epoch early by returning True.
-    Nothing here waits for the device, except an average and, in float16, Muon.
-    """
-    model.train()
-    forward = forward or model
-    scaler = precision.scaler
-    for images, labels in batches.batches(epoch, sums["step"]):  # (B, 3, H, W); (B,), or (B, classes) if mixed
-        torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"]))
-        with precision.autocast():
-            logits = forward(images)  # (B, classes)
-            loss = loss_function(logits, labels)  # ()
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if clip_grad:
-            scaler.unscale_(optimizer)
-            clip_grad_norm_(model.parameters(), clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        if average:
-            average.update_parameters(model)
-        add_step(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
-        schedule.step()
-        if after_step(sums):
-            break
-
-
-def add_step(sums, loss, logits, labels, *, lr):
-    """Add one step to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
-    sums["loss"] += loss * len(labels)
-    hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
-    sums["correct"] += (logits.argmax(1) == hard_labels).sum()
-    sums["images"] += len(labels)
-    first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
-    sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
-    sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
-    sums["lr"] = lr
-    sums["step"] += 1
-
-
-@torch.inference_mode()
-def validate(*, model, batches, precision):
-    """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
-
-    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
-    """
-    training = model.training
-    model.eval()
-    sums = new_sums(batches.device)
-    outputs = []
-    for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
-        with precision.autocast():
-            logits = model(images)  # (B, classes)
-        logits = logits.float()
-        sums["loss"] += cross_entropy(logits, labels, reduction="sum")
-        sums["correct"] += (logits.argmax(1) == labels).sum()
-        sums["images"] += len(labels)
-        outputs.append(logits)
-    model.train(training)
-    return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)
-
-
-# ---- training/run.py: A run: what it is made of, how far it has come, and its folder.
-
-WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
 MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
     *("maps/*.npy", "maps/*.png", "maps/*.pdf", "maps/evaluation.json", "predict/*.json", "predict/*.png"),
     *("model.onnx", "model.pt2", "model.safetensors"),
 )
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, "log.csv", "curves.png", "predictions.npz", "split.csv", "result.json")
-WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
+LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, "curves.png", "predictions.npz", "split.csv", "result.json")
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -3607,7 +4294,7 @@ def choose_folder(given, *, default_name, default_dir):
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.get("overwrite"):
+    if is_taken(folder) and not given.keys() & {"overwrite", "summary", "find_lr"}:
         if "run_name" in given:
             raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)
@@ -3624,10 +4311,12 @@ def is_taken(folder):
 def prepare_folder(folder, *, resuming):
     """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
     make_folder(folder)
-    for pattern in WRITTEN if not resuming else ():
+    if resuming or not is_first_rank():
+        return
+    for pattern in WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()
-    for below in (folder / "maps", folder / "predict") if not resuming else ():
+    for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if below.is_dir() and not any(below.iterdir()):
             below.rmdir()
 
@@ -3645,154 +4334,6 @@ def finished_result(folder):
     return result
 
 
-class Run:
-    """One run in training: what is trained, and how far it has come.
-
-    start is a Start of training/arguments.py. `epoch` counts finished epochs, `sums` is what the epoch in progress has
-    added up (see new_sums), and `history` has one row of log.csv for each finished epoch.
-    """
-
-    def __init__(self, start, model, dataset, *, optimizer, schedule, average, precision):
-        self.folder, self.script, self.args = start.folder, start.script, start.args
-        self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
-        own = getattr(self.args, "attention", None)
-        self.attention_again = f" --attention {own}" if is_own_class(own) else ""
-        self.dataset, self.optimizer, self.schedule, self.average = dataset, optimizer, schedule, average
-        self.precision, self.device = precision, precision.device
-        self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
-        self.epoch, self.sums, self.history = 0, new_sums(self.device), []
-        self.first_epoch = 0
-        self.unwritten = {}  # checkpoints by the names of their files
-        self.last_writing, self.writing_seconds = time.monotonic(), 0.0
-        self.trained_at = time.monotonic()  # when the last step ended
-
-    @property
-    def evaluated_model(self):
-        """The model that is validated, and that is the result: with averaged weights if there are any."""
-        return self.average.module if self.average else self.model
-
-    def begin(self, checkpoint=None):
-        """Restore a checkpoint, or clear the folder for a new run.
-
-        Raises UserError if the images are not those of the run to resume, if the folder cannot be written, and for
-        --patience without validation images.
-        """
-        if self.args.patience and not self.dataset.val:
-            raise UserError(f"--patience {self.args.patience} needs validation images: --val-fraction 0.1")
-        if checkpoint:
-            check_same_images(checkpoint, self)
-            restore_training(checkpoint, self)
-            self.first_epoch = self.epoch
-        prepare_folder(self.folder, resuming=checkpoint is not None)
-        if self.args.dataset == "folder" or self.args.val_fraction:
-            write_split(self.folder / "split.csv", self.dataset)
-
-    def remaining_epochs(self):
-        """The numbers of the epochs to train, from 0, until all are done or --patience is used up."""
-        while self.epoch < self.args.epochs and not self.out_of_patience():
-            yield self.epoch
-
-    def write(self):
-        """Write what the epochs have left behind and where the run is now."""
-        started = time.monotonic()
-        for name, checkpoint in self.unwritten.items():
-            save_checkpoint(self.folder / name, checkpoint)
-        self.unwritten = {}
-        if self.history:
-            write_log(self.folder / "log.csv", self.history)
-            draw_curves(self.folder / "curves.png", self.history, self.args)
-        # last: a run killed before this line resumes from the previous last.pt and writes the files above again
-        save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
-        self.last_writing = time.monotonic()
-        self.writing_seconds = self.last_writing - started
-
-    def stop(self, stop):
-        """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
-        self.write()
-        command = f"python {self.script} --resume {self.folder}{self.attention_again}"
-        print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
-        stop.end()
-
-    def out_of_patience(self):
-        """Whether the last --patience epochs brought no better validation accuracy."""
-        accuracies = [row["val_accuracy"] for row in self.history]
-        patience = self.args.patience
-        return bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
-
-    def end_epoch(self, scores):
-        """Print and write what an epoch leaves behind: the checkpoints that it earns, log.csv and curves.png.
-
-        If epochs are short, several are written together (see WRITING_SHARE). scores is {"val" or "test": (loss,
-        accuracy, logits)}, as from validate. Raises UserError, and writes nothing, if a loss is not finite.
-        """
-        row = dict.fromkeys(COLUMNS) | {
-            "epoch": self.epoch + 1,
-            "lr": self.sums["lr"],
-            "seconds": self.sums["seconds"] + time.monotonic() - self.trained_at,
-            "images_per_second": self.sums["images"] / self.sums["seconds"],
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-        }
-        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(self.sums), **scores}.items():
-            if not math.isfinite(loss):
-                kept = f"{self.folder} holds what was saved before"
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
-            row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
-        self.history.append(row)
-        self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
-
-        names = []
-        if is_best(self.history, "val_accuracy"):
-            names.append("best.pt")
-        if row["val_accuracy"] is None and is_best(self.history, "test_accuracy"):
-            names.append("best_on_test.pt")  # the report's choice, which is no result
-        if self.epoch in self.args.save_epochs:
-            names.append(f"epoch-{self.epoch}.pt")
-        waited = time.monotonic() - self.last_writing
-        due = self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited
-        if names:
-            checkpoint = make_checkpoint(self)
-            self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))
-        if due:
-            self.write()
-        print(epoch_line(row, self.args.epochs))
-        if self.epoch == self.first_epoch + 1 < self.args.epochs:
-            left = datetime.timedelta(seconds=round(row["seconds"] * (self.args.epochs - self.epoch)))
-            print(f"expected end: {datetime.datetime.now() + left:%Y-%m-%d %H:%M}, in {left}")
-
-    def finish(self, test):
-        """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
-
-        Prints what the folder holds, and returns what result.json holds.
-        """
-        if self.epoch < self.args.epochs:
-            print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
-            self.write()
-        folder, model = self.folder, self.evaluated_model
-        _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
-        write_predictions(folder / "predictions.npz", logits, self.dataset)
-        at_best_val = None
-        if (folder / "best.pt").exists():
-            model.load_state_dict(evaluated_weights(open_checkpoint(folder / "best.pt", self.device)))
-            _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(folder / "result.json", self, test_accuracy=test_accuracy, at_best_val=at_best_val)
-        print(accuracy_text(result))
-        if at_best_val is not None:
-            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
-        if result["best_on_test"] is not None and not self.args.overfit:
-            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
-        for path in sorted(folder.iterdir()):
-            print(f"  {path}")
-        drawn = self.args.attention not in WITHOUT_MAPS
-        where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
-        print(f"draw {where} {folder}{self.attention_again}")
-        return result
-
-
-def is_best(history, key):
-    values = [row[key] for row in history]
-    return values[-1] is not None and values[-1] > max(values[:-1], default=-1)
-
-
 # ---- training/arguments.py: How the defaults, a recipe, the command line and a resumed run combine to the arguments of a run.
 
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
@@ -3804,9 +4345,16 @@ EFFECT_CONDITIONS = {
     "momentum": (lambda args: args.opt == "sgd" and args.sched != "onecycle", "--opt sgd, without --sched onecycle"),
     **dict.fromkeys(("opt_betas", "opt_eps"), (lambda args: args.opt in ("adam", "adamw"), "--opt adam or adamw")),
     "ratio": (lambda args: args.scale, "--scale"),
+    "swa_lr": (lambda args: args.swa_start, "--swa-start"),
     "fill": (lambda args: args.aa != "none" or args.rotate, "--aa or --rotate"),
-    "test_fraction": (lambda args: args.dataset == "folder", "--dataset folder"),
-    "channels": (lambda args: args.dataset == "folder" or args.channels == 3, "--dataset folder"),
+    "test_fraction": (lambda args: args.dataset == "folder" and not args.folds, "--dataset folder, without --folds"),
+    **dict.fromkeys(("folds", "group_by"), (lambda args: args.dataset == "folder", "--dataset folder")),
+    "channels": (lambda args: args.dataset in ("folder", "webdataset") or args.channels == 3, "--dataset folder"),
+    "epoch_images": (lambda args: args.dataset == "webdataset", "--dataset webdataset"),
+    **dict.fromkeys(
+        ("overfit", "val_fraction", "class_weights"),
+        (lambda args: args.dataset != "webdataset", "images that are not in shards"),
+    ),
     **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
     "attention_gamma": (lambda args: args.attention not in HEADLESS, "--attention graph, graph_v2 or classic"),
     "num_heads": (lambda args: args.attention not in HEADLESS, "an --attention with heads"),
@@ -3815,7 +4363,8 @@ EFFECT_CONDITIONS = {
 # what --overfit leaves out, unless it is given: what makes it harder to learn images by heart
 WITH_OVERFIT = {
     **dict.fromkeys(("hflip", "rotate", "crop_padding", "reprob", "cutout", "mixup", "cutmix", "smoothing"), 0),
-    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "val_fraction"), 0),
+    **dict.fromkeys(("drop", "attn_drop", "drop_path", "weight_decay", "model_ema_decay", "swa_start"), 0),
+    "val_fraction": 0,
     **{"aa": "none", "scale": None},
 }
 
@@ -3853,6 +4402,8 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
+    if "find_lr" in given and (others := [name for name in ("summary", "resume", "overwrite") if name in given]):
+        raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):
@@ -3862,8 +4413,9 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     model = given.get("model", defaults["model"])
     if model.partition(":")[0] not in model_flags:
         raise UserError(f"--model {model}: choose from {', '.join(model_flags)}")
-    default_name = model.replace(":", "-")
-    folder, resuming = choose_folder(given, default_name=default_name, default_dir=parser.get_default("out_dir"))
+    names = {"default_name": model.replace(":", "-"), "default_dir": parser.get_default("out_dir")}
+    join_ranks()
+    folder, resuming = from_first_rank(choose_folder, given, **names)
     if not resuming:
         args = complete_arguments(parser, given | {"recipe": recipe}, defaults)
         check_effects(given, args)
@@ -3897,8 +4449,31 @@ def complete_arguments(parser, given, recipe):
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: a crop cannot be larger than the image (1)")
     if args.dataset == "folder" and not args.data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
+    if args.dataset == "webdataset" and not (args.epoch_images and args.data_dir and isinstance(args.image_size, int)):
+        raise UserError("--dataset webdataset needs --data-dir, --epoch-images and a square --image-size")
     args.data_dir = args.data_dir or "datasets"
+    if args.lr_scale == "auto":
+        args.lr = scaled_rate(args, given, recipe)
     return args
+
+
+def scaled_rate(args, given, recipe):
+    """The recipe's learning rate for the batch size that the flags ask for. Raises UserError if they contradict it.
+
+    Proportional to the batch for sgd (Goyal et al. 2017), to its square root for the others (Krizhevsky 2014).
+    """
+    if "lr" in given:
+        raise UserError("--lr-scale auto and --lr exclude each other: the one computes what the other gives")
+    if len(args.accumulate) > 1:
+        raise UserError(
+            f"--lr-scale auto and --accumulate {' '.join(args.accumulate)} exclude each other: one batch size"
+        )
+    batch = args.batch_size * batches_per_step(args.accumulate, 0)
+    ratio = batch / recipe["batch_size"]
+    how, factor = ("", ratio) if args.opt == "sgd" else ("the square root of ", math.sqrt(ratio))
+    rate = recipe["lr"] * factor
+    print(f"lr {rate:.3g}: the recipe's {recipe['lr']:g} times {how}{batch}/{recipe['batch_size']}")
+    return rate
 
 
 def as_flag(name):
@@ -3965,7 +4540,7 @@ class StopRequests:
 
     def __init__(self, minutes=None, *, since=None):
         self.deadline = (time.monotonic() if since is None else since) + 60 * minutes if minutes else None
-        self.signum = None
+        self.signum = self.patience = None
         self.handlers = {}
 
     def __enter__(self):
@@ -3983,6 +4558,10 @@ class StopRequests:
     def note(self, signum, frame):
         self.signum = signum
         self.__exit__()
+        if rank_and_ranks()[1] > 1:  # torchrun sends SIGTERM if a rank has died, which the others may wait for
+            self.patience = threading.Timer(PATIENCE, os._exit, [128 + signum])
+            self.patience.daemon = True
+            self.patience.start()
         with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone; the signal came amid another print
             print("\nstopping after this step; once more: at once", file=sys.stderr, flush=True)
 
@@ -3991,10 +4570,20 @@ class StopRequests:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def wanted(self):
+    def asked(self):
+        """Whether this process was asked to stop."""
         return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
 
+    def wanted(self):
+        """Whether any rank was asked to stop; all of them have to call this together."""
+        wanted = any_rank(self.asked())[0]
+        if self.patience:
+            self.patience.cancel()
+        return wanted
 
+
+PATIENCE = 20  # seconds that a rank waits for the others after a signal
+AGREEMENT = 8  # steps on GPUs after which ranks agree on whether to stop or save: they wait for each other
 WAIT, MEASURED = 5, 10  # steps
 
 
@@ -4038,6 +4627,7 @@ class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(sums)`; True asks it to stop.
 
     A few times per second it reads the sums from the device and shows them in a bar. Every --save-minutes it saves.
+    With --log-steps it notes each step, and reads their losses at these times.
     With --profile it profiles the first epoch. Raises UserError, with the epoch, the step and the learning rate, if the
     loss was not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
     """
@@ -4046,15 +4636,16 @@ class Watch:
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
-        profiled = run.args.profile and run.epoch == run.first_epoch
+        profiled = run.args.profile and run.epoch == run.first_epoch and is_first_rank()
         self.profiler = StepProfiler(run.folder, run.device) if profiled else None
         self.last_step = self.last_refresh = time.monotonic()
+        self.steps = 0
         self.bar = tqdm(
             total=steps_per_epoch,
             initial=run.sums["step"],
             desc=f"epoch {run.epoch + 1}/{run.args.epochs}",
             leave=False,
-            disable=bar_disabled(),
+            disable=bar_disabled() if is_first_rank() else True,
         )
 
     def __enter__(self):
@@ -4075,17 +4666,26 @@ class Watch:
         self.last_step = now
         if self.profiler:
             self.profiler.step()
+        if self.run.log:
+            self.run.log.note(sums)
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
-        if now - self.run.last_writing > 60 * self.run.args.save_minutes:
+        self.steps += 1
+        if rank_and_ranks()[1] > 1 and self.run.device.type == "cuda" and self.steps % AGREEMENT:
+            return False
+        late = now - self.run.last_writing > 60 * self.run.args.save_minutes
+        save, stop = any_rank(late, self.stop.asked())
+        if save:
             self.refresh(sums)
             self.run.write()
             self.last_step = time.monotonic()  # writing is no part of a step
-        return self.stop.wanted()
+        return stop
 
     def refresh(self, sums):
         """Wait for the device; update the bar, or raise if the loss was not finite."""
+        if self.run.log:
+            self.run.log.fetch()
         bad_step = sums["bad_step"].item()
         if bad_step >= 0:
             raise UserError(
@@ -4095,6 +4695,350 @@ class Watch:
         loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {accuracy:.1%}", refresh=False)
         self.bar.update(sums["step"] - self.bar.n)
+
+
+# ---- training/averaging.py: Averages of the weights, which are evaluated in place of the weights themselves.
+
+class WeightAverage:
+    """An average of a model's weights; `model` is the averaged model, None before there is any.
+
+    "ema" (--model-ema-decay) follows each step: an exponential moving average of weights and of buffers; without these,
+    the statistics of BatchNorm would belong to other weights. "swa" (--swa-start, Izmailov et al. 2018) is the mean of
+    the weights after each of the last epochs; BatchNorm's statistics are computed anew from the training images.
+    """
+
+    def __init__(self, model, args):
+        self.kind, self.first_epoch = "swa" if args.swa_start else "ema", swa_epoch(args)
+        ema = {"multi_avg_fn": get_ema_multi_avg_fn(args.model_ema_decay), "use_buffers": True}
+        self.averaged = AveragedModel(model, **(ema if self.kind == "ema" else {})).eval()
+
+    @property
+    def model(self):
+        return self.averaged.module if self.averaged.n_averaged.item() else None
+
+    def after_step(self, model):
+        if self.kind == "ema":
+            self.averaged.update_parameters(model)
+
+    def after_epoch(self, model, batches, *, epoch, seed, precision):
+        """Add the weights after an epoch, counted from 0; batches are those of training, for BatchNorm's statistics."""
+        if self.kind == "swa" and epoch >= self.first_epoch:
+            self.averaged.update_parameters(model)
+            torch.manual_seed(seed_for("dropout", seed, epoch, batches.steps_per_epoch))
+            with precision.autocast():
+                update_bn((images for images, _ in batches.batches(epoch)), self.averaged.module)
+
+    def load(self, weights, *, epoch, step):
+        """Go back to an average's weights (a state dict) after `epoch` epochs and `step` steps."""
+        self.averaged.module.load_state_dict(weights)
+        count = (
+            epoch - self.first_epoch if self.kind == "swa" else epoch + step
+        )  # of an EMA, only whether it is 0 matters
+        self.averaged.n_averaged.fill_(count)
+
+
+def make_average(model, args):
+    """The WeightAverage that the flags ask for, or None. Raises UserError if they ask for two."""
+    if args.model_ema_decay and args.swa_start:
+        raise UserError("--model-ema-decay and --swa-start exclude each other: one average is evaluated")
+    return WeightAverage(model, args) if args.model_ema_decay or args.swa_start else None
+
+
+# ---- training/loggers.py: What --log and --log-steps write beside log.csv: steps.csv, and the logs of TensorBoard, W&B and trackio.
+
+STEP_COLUMNS = "epoch,step,lr,loss\n"  # of steps.csv
+LOGGERS = {  # {--log: the module, and what pip installs for it}
+    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+
+
+class TensorBoard:
+    """A TensorBoard log of a run, with the methods of W&B's and trackio's: log(values, step=...) and finish()."""
+
+    def __init__(self, module, run):
+        done = run.schedule.last_epoch  # steps; what a killed process wrote after them comes again, and is purged
+        self.writer = module.SummaryWriter(run.folder / "tensorboard", purge_step=done + 1, flush_secs=1)
+        self.writer.add_text("arguments", "".join(f"    {name}: {v}\n" for name, v in vars(run.args).items()), done)
+        self.finish = self.writer.close
+
+    def log(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+
+def open_logger(name, module, run):
+    """The log of a run, new or resumed, in one of LOGGERS: an object with log(values, step=...) and finish()."""
+    if name == "tensorboard":
+        return TensorBoard(module, run)
+    # trackio resumes by the name, W&B by the id; embed would show trackio's page in a notebook, on Colab publicly
+    own = {"wandb": {"id": run.log_id, "dir": run.folder}, "trackio": {"embed": False}}[name]
+    title = f"{run.folder.name}-{run.log_id}"
+    return module.init(project=run.dataset.name, name=title, config=dict(vars(run.args)), resume="allow", **own)
+
+
+def cut_steps(path, *position):
+    """Make steps.csv, or cut it to a position: finished epochs, and steps of the epoch in progress."""
+    rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
+    kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
+    write_atomically(path, lambda file: file.write("".join([STEP_COLUMNS, *kept]).encode()))
+
+
+class RunLog:
+    """The loggers of --log, and steps.csv of --log-steps, of one run (see training/run.py).
+
+    The loggers get what is saved, whenever a checkpoint is: so a resumed run continues their logs and repeats nothing.
+    steps.csv grows meanwhile, and is cut if the run is resumed. A logger that fails is left out, with one warning.
+    Raises UserError if a package is missing, or if trackio would write to another machine.
+    """
+
+    def __init__(self, run):
+        self.run, self.noted, self.unsent, self.loggers = run, [], [], {}
+        self.modules = {name: import_optional(*LOGGERS[name]) for name in run.args.log}
+        elsewhere = [name for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if name in os.environ]
+        if "trackio" in self.modules and elsewhere:
+            raise UserError(f"--log trackio logs on this machine alone: unset {elsewhere[0]}")
+
+    def open(self):
+        """Begin or continue the logs. Raises UserError if a logger does not start."""
+        self.run.log_id = self.run.log_id or secrets.token_hex(4)
+        if self.run.args.log_steps:
+            cut_steps(self.run.folder / "steps.csv", self.run.epoch, self.run.sums["step"])
+        for name, module in self.modules.items():
+            try:
+                self.loggers[name] = open_logger(name, module, self.run)
+            except Exception as error:
+                raise UserError(f"--log {name} does not start: {error}") from error
+
+    def note(self, sums):
+        """Keep what --log-steps says of a step, its loss on the device."""
+        if self.run.args.log_steps:
+            self.noted.append((self.run.schedule.last_epoch, sums["step"], sums["lr"], sums["last_loss"]))
+
+    def fetch(self):
+        """Wait for the device; append the noted steps to steps.csv."""
+        if not self.noted:
+            return
+        epoch, lines = self.run.epoch + 1, []
+        losses = torch.stack([loss for *_, loss in self.noted]).tolist()
+        for (done, step, lr, _), loss in zip(self.noted, losses, strict=True):
+            lines.append(f"{epoch},{step},{lr},{loss}\n")
+            self.unsent.append((done, {"epoch": epoch, "step_lr": lr, "step_loss": loss}))
+        path, self.noted = self.run.folder / "steps.csv", []
+        try:
+            with open(path, "a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+    def add(self, row):
+        """Keep a row of log.csv for the loggers."""
+        self.unsent.append((self.run.schedule.last_epoch, {name: v for name, v in row.items() if v is not None}))
+
+    def send(self):
+        """Give the loggers what has been kept."""
+        rows, self.unsent = self.unsent, []
+        for done, values in rows:
+            self.call("log", values, step=done)
+
+    def close(self, values=None):
+        """End the logs, after a last row of values."""
+        if values:
+            self.call("log", values, step=self.run.schedule.last_epoch)
+        self.call("finish")
+
+    def call(self, method, *arguments, **options):
+        for name, logger in list(self.loggers.items()):
+            try:
+                getattr(logger, method)(*arguments, **options)
+            except Exception as error:
+                del self.loggers[name]
+                print(f"warning: --log {name}: {error}; the run continues without it", file=sys.stderr)
+
+
+# ---- training/run.py: A run: what it is made of, how far it has come, and its folder.
+
+WRITING_SHARE = 0.04  # at most this share of the time goes into writing what epochs leave behind
+WITHOUT_MAPS = ("none", "identity", "depthwise", "simple")  # --attention that rollout.py cannot draw
+
+
+class Run:
+    """One run in training: what is trained, and how far it has come.
+
+    start is a Start of training/arguments.py. `epoch` counts finished epochs, `sums` is what the epoch in progress has
+    added up (see new_sums), and `history` has one row of log.csv for each finished epoch.
+    """
+
+    def __init__(self, start, model, dataset, *, optimizer, schedule, precision):
+        self.folder, self.script, self.args = start.folder, start.script, start.args
+        self.model, self.model_args = model, start.model_args(len(dataset.classes), plain=True)
+        own = getattr(self.args, "attention", None)
+        self.attention_again = f" --attention {own}" if is_own_class(own) else ""
+        self.dataset, self.optimizer, self.schedule = dataset, optimizer, schedule
+        self.average = make_average(model, self.args)
+        self.precision, self.device = precision, precision.device
+        self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
+        self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
+        self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
+        self.unwritten = {}  # checkpoints by the names of their files
+        self.last_writing, self.writing_seconds = time.monotonic(), 0.0
+        self.trained_at = time.monotonic()  # when the last step ended
+
+    @property
+    def evaluated_model(self):
+        """The model that is validated, and that is the result: with averaged weights as soon as there are any."""
+        averaged = self.average.model if self.average else None
+        return self.model if averaged is None else averaged
+
+    def model_to_evaluate(self, batches):
+        """The evaluated_model at the end of an epoch of these training batches, whose weights it averages."""
+        if self.average:
+            options = {"epoch": self.epoch, "seed": self.args.seed, "precision": self.precision}
+            self.average.after_epoch(self.model, batches, **options)
+        return self.evaluated_model
+
+    def begin(self, checkpoint=None):
+        """Restore a checkpoint, or clear the folder for a new run.
+
+        Raises UserError if the images are not those of the run to resume, if the folder cannot be written, and for
+        --patience and --skip-test without validation images.
+        """
+        needing = "--skip-test" if self.args.skip_test else f"--patience {self.args.patience}"
+        if (self.args.skip_test or self.args.patience) and not self.dataset.val:
+            raise UserError(f"{needing} needs validation images: --val-fraction 0.1")
+        if checkpoint:
+            check_same_images(checkpoint, self)
+            restore_training(checkpoint, self)
+            self.first_epoch = self.epoch
+        if self.args.log or self.args.log_steps:
+            self.log = RunLog(self)
+        prepare_folder(self.folder, resuming=checkpoint is not None)
+        if self.log:
+            self.log.open()
+        if self.args.dataset == "folder" or self.args.val_fraction:
+            write_split(self.folder / "split.csv", self.dataset)
+
+    def remaining_epochs(self):
+        """The numbers of the epochs to train, from 0, until all are done or --patience is used up."""
+        while self.epoch < self.args.epochs and not self.out_of_patience():
+            yield self.epoch
+
+    def write(self):
+        """Write what the epochs have left behind and where the run is now."""
+        started = time.monotonic()
+        for name, checkpoint in self.unwritten.items():
+            save_checkpoint(self.folder / name, checkpoint)
+        self.unwritten = {}
+        if self.history:
+            write_log(self.folder / "log.csv", self.history)
+            draw_curves(self.folder / "curves.png", self.history, self.args)
+        if self.log:
+            self.log.send()
+        # last: a run killed before this line resumes from the previous last.pt and writes the files above again
+        save_checkpoint(self.folder / "last.pt", make_checkpoint(self))
+        self.last_writing = time.monotonic()
+        self.writing_seconds = self.last_writing - started
+
+    def stop(self, stop):
+        """Save, and print how to resume; raises Interrupted if a signal was the reason, else returns None."""
+        self.write()
+        command = f"python {self.script} --resume {self.folder}{self.attention_again}"
+        print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
+        if self.log:
+            self.log.close()
+        leave_ranks()
+        stop.end()
+
+    def out_of_patience(self):
+        """Whether the last --patience epochs brought no better validation accuracy."""
+        accuracies = [row["val_accuracy"] for row in self.history]
+        patience = self.args.patience
+        return bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
+
+    def end_epoch(self, scores):
+        """Print and write what an epoch leaves behind: the checkpoints that it earns, log.csv and curves.png.
+
+        If epochs are short, several are written together (see WRITING_SHARE). scores is {"val" or "test": (loss,
+        accuracy, logits)}, as from validate. Raises UserError, and writes nothing, if a loss is not finite.
+        """
+        sums = sums_of_all_ranks(self.sums)
+        row = dict.fromkeys(COLUMNS) | {
+            "epoch": self.epoch + 1,
+            "lr": sums["lr"],
+            "seconds": sums["seconds"] + time.monotonic() - self.trained_at,
+            "images_per_second": sums["images"] / sums["seconds"],
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(sums), **scores}.items():
+            if not math.isfinite(loss):
+                kept = f"{self.folder} holds what was saved before"
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
+            row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
+        self.history.append(row)
+        if self.log:
+            self.log.add(row)
+        self.epoch, self.sums = self.epoch + 1, new_sums(self.device)
+
+        names = ["best.pt"] if is_best(self.history, "val_accuracy") else []
+        if row["val_accuracy"] is None and is_best(self.history, "test_accuracy"):
+            names.append("best_on_test.pt")  # the report's choice, which is no result
+        if self.epoch in self.args.save_epochs:
+            names.append(f"epoch-{self.epoch}.pt")
+        waited = time.monotonic() - self.last_writing
+        due = any_rank(self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited)[0]
+        if names:
+            checkpoint = make_checkpoint(self)
+            self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))
+        if due:
+            self.write()
+        print(epoch_line(row, self.args.epochs))
+        if self.epoch == self.first_epoch + 1 < self.args.epochs:
+            left = datetime.timedelta(seconds=round(row["seconds"] * (self.args.epochs - self.epoch)))
+            print(f"expected end: {datetime.datetime.now() + left:%Y-%m-%d %H:%M}, in {left}")
+
+    def finish(self, test):
+        """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
+
+        Prints what the folder holds, and returns what result.json holds; with --skip-test, does none of this.
+        """
+        if self.epoch < self.args.epochs:
+            print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
+            self.write()
+        folder, model = self.folder, self.evaluated_model
+        if self.args.skip_test:
+            leave_ranks()
+            return print(f"validation accuracy {self.history[-1]['val_accuracy']:.2%}; the test set stays shut")
+        _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
+        write_predictions(folder / "predictions.npz", logits, self.dataset)
+        averaged = model is not self.model
+        raw = validate(model=self.model, batches=test, precision=self.precision)[1] if averaged else None
+        at_best_val = None
+        if from_first_rank((folder / "best.pt").exists):
+            best = open_checkpoint(folder / "best.pt", self.device)
+            load_weights(model, evaluated_weights(best), sharded=self.args.fsdp)
+            _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
+        result = write_result(self, logits, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val)
+        print(accuracy_text(result))
+        if raw is not None:
+            print(f"test accuracy {raw:.2%} of the last weights, without averaging")
+        if self.log:
+            self.log.close({"final_test_accuracy": test_accuracy})
+        if at_best_val is not None:
+            print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
+        if result["best_on_test"] is not None and not self.args.overfit:
+            print(f"best_on_test {result['best_on_test']:.2%} (chosen by looking at the test images: no result)")
+        print(*(f"  {path}" for path in sorted(folder.iterdir())), sep="\n")
+        drawn = self.args.attention not in WITHOUT_MAPS
+        where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
+        print(f"draw {where} {folder}{self.attention_again}")
+        leave_ranks()
+        return result
+
+
+def is_best(history, key):
+    values = [row[key] for row in history]
+    return values[-1] is not None and values[-1] > max(values[:-1], default=-1)
 
 
 # ---- training/weights.py: The weights that a run starts from: of another run, or of a file that another program wrote.
@@ -4218,7 +5162,7 @@ def main(argv=None):
     args, checkpoint = start.args, start.checkpoint
     if args is None:  # nothing to train: --help, or the run is finished
         return start.result
-    precision = Precision(args.amp, pick_device(args.device))
+    precision = Precision(args.amp, pick_device(args.device), deterministic=args.deterministic)
     device = precision.device
     print_header(args, precision)
 
@@ -4232,7 +5176,7 @@ def main(argv=None):
         return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end
-    dataset = dataset_of(args, statistics)
+    dataset = first_rank_first(dataset_of, args, statistics)
     print(describe(dataset))
     train = training_batches(dataset, args, device)
     test = evaluation_batches(dataset, dataset.test, args, device)
@@ -4241,33 +5185,33 @@ def main(argv=None):
     # Optimiser
     forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))
     optimizer = make_optimizer(args, model)
-    average = make_average(model, args.model_ema_decay)
     schedule = make_schedule(args, optimizer, steps_per_epoch=train.steps_per_epoch)
-    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, average=average, precision=precision)
+    run = Run(start, model, dataset, optimizer=optimizer, schedule=schedule, precision=precision)
+    train_epoch = partial(
+        train_one_epoch,
+        model=model,
+        forward=forward,
+        batches=train,
+        loss_function=make_loss(args, dataset, device),
+        optimizer=optimizer,
+        precision=precision,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        clip_grad=args.clip_grad,
+        clip_value=args.clip_value,
+    )
+    if args.find_lr:
+        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_one_epoch(
-                    model=model,
-                    forward=forward,
-                    batches=train,
-                    loss_function=partial(cross_entropy, label_smoothing=args.smoothing),
-                    optimizer=optimizer,
-                    schedule=schedule,
-                    precision=precision,
-                    seed=args.seed,
-                    epoch=epoch,
-                    sums=run.sums,
-                    clip_grad=args.clip_grad,
-                    average=average,
-                    after_step=watch,
-                )
+                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=run.average, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
-            evaluate = partial(validate, model=run.evaluated_model, precision=precision)
+            evaluate = partial(validate, model=run.model_to_evaluate(train), precision=precision)
             run.end_epoch({split: evaluate(batches=batches) for split, batches in watched.items()})
     return run.finish(test)
 
