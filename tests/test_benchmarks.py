@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, export, loading, peers, scaling, train
+from benchmarks import augment, export, loading, peers, train
 from benchmarks.turns import take_turns
 from experiments.speed import speed_text
 from models import build_model
@@ -96,19 +96,6 @@ def test_ours_and_the_peers_are_models_of_one_size():
     torch.testing.assert_close(ours["resnet18"].eval()(images), peer.eval()(images), rtol=1e-4, atol=1e-4)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours["vit"], peers.ReportViT())]
     assert counts[0] == counts[1] == 3_195_146
-
-
-def test_scaling(tmp_path, monkeypatch):
-    tiny = {"images": (None, (8, 4008)), "depth": ("--depth", (1, 2))}
-    monkeypatch.setattr(scaling, "AXES", tiny)
-    small = ["--embed-dim", "16", "--num-heads", "2", "--batch-size", "4"]
-    scaling.main([*QUICK, "--axes", "images", "depth", "--steps", "1", *small, "--out", str(tmp_path / "speed.json")])
-    tables = json.loads((tmp_path / "speed.json").read_text())["axes"]
-    work = [tables["depth"][value]["gflop_per_image"] for value in ("1", "2")]
-    assert 1.5 < work[1] / work[0] < 2.1 and Image.open(tmp_path / "speed.png").width == 640
-    rows = tables["images"].values()
-    more = [row["peak_bytes"] for row in rows]
-    assert [row["bytes"] for row in rows] == [8 * 3072, 4008 * 3072] and 6e6 < more[1] - more[0] < 60e6
 
 
 def test_loading_of_large_images(tmp_path, capsys):

@@ -10,12 +10,7 @@ import torch
 from errors import UserError, import_optional
 from files import write_atomically
 
-STEP_COLUMNS = "epoch,step,lr,loss\n"  # of steps.csv
-LOGGERS = {  # {--log: the module, and what pip installs for it}
-    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # of --log
 
 
 class TensorBoard:
@@ -33,7 +28,7 @@ class TensorBoard:
 
 
 def open_logger(name, module, run):
-    """The log of a run, new or resumed, in one of LOGGERS: an object with log(values, step=...) and finish()."""
+    """The log of a run, new or resumed, in one of MODULES: an object with log(values, step=...) and finish()."""
     if name == "tensorboard":
         return TensorBoard(module, run)
     # trackio resumes by the name, W&B by the id; embed would show trackio's page in a notebook, on Colab publicly
@@ -46,7 +41,7 @@ def cut_steps(path, *position):
     """Make steps.csv, or cut it to a position: finished epochs, and steps of the epoch in progress."""
     rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
     kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
-    write_atomically(path, lambda file: file.write("".join([STEP_COLUMNS, *kept]).encode()))
+    write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
 
 
 class RunLog:
@@ -59,7 +54,7 @@ class RunLog:
 
     def __init__(self, run):
         self.run, self.noted, self.unsent, self.loggers = run, [], [], {}
-        self.modules = {name: import_optional(*LOGGERS[name]) for name in run.args.log}
+        self.modules = {name: import_optional(MODULES[name], name) for name in run.args.log}
         elsewhere = [name for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if name in os.environ]
         if "trackio" in self.modules and elsewhere:
             raise UserError(f"--log trackio logs on this machine alone: unset {elsewhere[0]}")
@@ -84,12 +79,12 @@ class RunLog:
         """Wait for the device; append the noted steps to steps.csv."""
         if not self.noted:
             return
-        epoch, lines = self.run.epoch + 1, []
+        path, epoch, lines = self.run.folder / "steps.csv", self.run.epoch + 1, []
         losses = torch.stack([loss for *_, loss in self.noted]).tolist()
         for (done, step, lr, _), loss in zip(self.noted, losses, strict=True):
             lines.append(f"{epoch},{step},{lr},{loss}\n")
             self.unsent.append((done, {"epoch": epoch, "step_lr": lr, "step_loss": loss}))
-        path, self.noted = self.run.folder / "steps.csv", []
+        self.noted = []
         try:
             with open(path, "a") as file:
                 file.writelines(lines)

@@ -6,6 +6,7 @@ import math
 import time
 
 from errors import UserError
+from files import is_first_rank
 from training.averaging import make_average
 from training.checkpoint import (
     check_same_images,
@@ -85,7 +86,7 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
-        if self.args.log or self.args.log_steps:
+        if (self.args.log or self.args.log_steps) and is_first_rank():
             from training.loggers import RunLog  # only if it is asked for
 
             self.log = RunLog(self)

@@ -228,6 +228,7 @@ def records_in(data):
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline(folder_flags, tmp_path):
     """Two parts with one id, as `wandb sync` takes them; together each step once."""
     pytest.importorskip("wandb")
@@ -253,6 +254,7 @@ def test_wandb_offline(folder_flags, tmp_path):
     assert re.search(r'"embed_dim"\s+value_json: "16"', config)
 
 
+@pytest.mark.slow
 def test_trackio_stays_local_and_continues_its_run(folder_flags, tmp_path):
     pytest.importorskip("trackio")
     place, folder = tmp_path / "trackio", tmp_path / "runs/vit"
