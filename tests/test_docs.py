@@ -119,7 +119,7 @@ def test_commands_run(command, inside, monkeypatch):
             assert importlib.import_module("campaign").campaign_parser().parse_args(argv).engine
             argv = argv[: argv.index("--engine")]
         argv = argv[: argv.index("--tune")] if "--tune" in argv else argv  # tests/experiments/test_tuning.py tunes
-        argv += ["--list", "--device", "cpu"]
+        argv = [word for word in argv if word not in ("--list", "--dry")] + ["--list", "--device", "cpu"]
     main(argv)
     return None
 
