@@ -170,7 +170,7 @@ def add_optimizer_flags(group):
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
     add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
     help_text = "batches per update of the weights: K, or by epoch from 0, as 0:8 10:4; saves memory"
-    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["0:1"], help=help_text)
+    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["1"], help=help_text)
     help_text = "auto scales the recipe's --lr to the batch: linearly for sgd, by the square root for the others"
     add("--lr-scale", choices=("none", "auto"), default="none", help=help_text)
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"

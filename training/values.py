@@ -36,11 +36,11 @@ def as_epoch_and_count(text):
 
 
 def epoch_and_count(text):
-    """A flag's type: a value of --accumulate, as EPOCH:K."""
+    """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text)
     if epoch < 0 or count < 1:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
-    return f"{epoch}:{count}"
+    return f"{epoch}:{count}" if epoch else str(count)
 
 
 def at_least(low, kind=int):
