@@ -110,6 +110,8 @@ def load_dataset(
     cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
     crop_pct of the short side. Raises UserError if images are missing or cannot be read.
     """
+    from pipeline.splits import made_splits  # only if images are loaded
+
     folder, large = None, is_large(name, image_size)
     if name == "folder":
         folder = Path(data_dir).resolve()
@@ -132,10 +134,7 @@ def load_dataset(
         for key, (p, y, n) in splits.items()
     }
     whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
-    if "all" in splits or how_to_split:
-        from pipeline.splits import made_splits  # only if splits may have to be made
-
-        splits = made_splits(splits, classes, name, **how_to_split)
+    splits = made_splits(splits, classes, name, **how_to_split)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -151,12 +150,10 @@ def dataset_of(args, statistics=None):
     if args.dataset == "webdataset":
         from pipeline.shards import read_webdataset  # only if it is asked for
 
-        classes, train, splits, seen = read_webdataset(args)
-        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
-        statistics = statistics or channel_statistics(seen)
-        return Dataset(
-            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
-        )
+        classes, shards, splits = read_webdataset(args)
+        splits = {key: Split(*parts) for key, parts in splits.items()}
+        mean, std = statistics or channel_statistics(splits["train"].images)
+        return Dataset(args.dataset_name or args.dataset, classes, shards, splits.get("val"), splits["test"], mean, std)
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
     names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some

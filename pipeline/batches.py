@@ -14,7 +14,7 @@ from pipeline.augment import (
     random_resized_crop,
     random_rotation,
 )
-from pipeline.crops import crop_batches, images_in_memory, place_images
+from pipeline.crops import batches_by_workers, crop_batches, images_in_memory, place_images
 from pipeline.large import LargeImages
 from pipeline.policies import POLICIES
 from seeding import seed_for
@@ -135,7 +135,7 @@ def training_batches(dataset, args, device):
             workers=args.workers,
         )
     elif dataset.train.images is None:  # in shards
-        crops = dataset.train.by_workers(device)
+        crops = batches_by_workers(dataset.train, device, dataset.train.workers)
     return Batches(
         dataset.train,
         batch_size=args.batch_size,

@@ -16,15 +16,14 @@ from torch import distributed
 
 from errors import UserError, import_optional
 from pipeline.batches import RATIO
-from pipeline.crops import Crops, batches_by_workers
+from pipeline.crops import Crops
 from pipeline.decoding import decode_images
 from pipeline.folders import EXTENSIONS, SPLITS
 from pipeline.large import LargeImages, centre_crop, upright_size
 from seeding import seed_for
 
-LANES = 16  # how many shards are read side by side; the order of the images follows from it, not from --workers
-WINDOW = 8000  # files in memory, of all lanes, among which the next image is drawn
-SEEN_OF_SHARD = 2000  # images of the first shard from which mean and standard deviation are computed
+WINDOW = 8000  # files in memory, of all workers, among which the next image is drawn
+FIRST = 2000  # training images from which mean and standard deviation are computed
 
 
 class Member(io.BytesIO):
@@ -32,10 +31,6 @@ class Member(io.BytesIO):
 
     def __str__(self):
         return self.name
-
-
-def file_name(url):
-    return re.split(r"[/\\]", url)[-1]
 
 
 def find_shards(pattern):
@@ -48,12 +43,11 @@ def find_shards(pattern):
     urls = wds.shardlists.expand_urls(pattern)
     if others := [url for url in urls if urlparse(url).scheme not in ("", "http", "https")]:
         raise UserError(f"--data-dir {others[0]}: shards are files, or addresses that begin with http: or https:")
-    words = {url: {*re.split(r"[\W_\d]+", file_name(url).lower())} for url in urls}
+    words = {url: {*re.split(r"[\W_\d]+", os.path.basename(url).lower())} for url in urls}
     splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
     if missing := [split for split in ("train", "test") if not splits[split]]:
-        example = "shards/train-{000..099}.tar::shards/test-{0..9}.tar"
-        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {example}")
-    path = urls[0].removesuffix(file_name(urls[0])) + "classes.txt"
+        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as {missing[0]}-000.tar")
+    path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
         return splits, wds.gopen(path).read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,12 +59,12 @@ def read_shards(urls, classes):
     wds, sample = import_optional("webdataset"), None
     try:
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
-            name, label = f"{file_name(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
-            endings = [ending for ending in EXTENSIONS if ending[1:] in sample]
-            if not endings or not label.isdigit() or int(label) >= len(classes):
+            name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
+            ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)
+            if not ending or not label.isdigit() or int(label) >= len(classes):
                 raise UserError(f"{name} must have an image, as .jpg, and a number below {len(classes)} as .cls")
-            member = Member(sample[endings[0][1:]])
-            member.name = name + endings[0]
+            member = Member(sample[ending[1:]])
+            member.name = name + ending
             yield member, int(label)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
@@ -81,63 +75,54 @@ def read_shards(urls, classes):
 class Shards(Crops):
     """Training images in shards, in the place of a Split: their labels are known when they are read.
 
-    Of R ranks, each reads every R-th shard, and B / R images per step. An epoch has --epoch-images of them, in an order
-    that follows from (seed, epoch) and R; shards that are too few for that are read again.
+    Each of R ranks cuts batches of B / R images, and each of its W workers every W-th of them, from every R x W-th
+    shard. The order follows from (seed, epoch), R and W. Shards that are too few for an epoch are read again.
     """
 
     def __init__(self, urls, classes, args):
-        self.urls, self.classes, self.args, self.open = urls, classes, args, {}
+        self.urls, self.classes, self.args, self.next_place = urls, classes, args, None
         self.images, self.labels = None, torch.full((args.epoch_images,), -1)
         spread = distributed.is_available() and distributed.is_initialized()
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
         if len(urls) < self.ranks:
             raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
-        self.lanes = 1 << min(LANES, len(urls) // self.ranks).bit_length() - 1  # a power of two
+        workers = min(os.cpu_count(), 16) if args.workers is None else args.workers
+        self.workers = min(workers, len(urls) // self.ranks)
 
     def hash(self):
         """SHA-256 of the names of the shards: nobody reads them all for it."""
-        return hashlib.sha256("\n".join(map(file_name, self.urls)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(map(os.path.basename, self.urls)).encode()).hexdigest()
 
-    def samples(self, epoch, lane):
-        """The (Member, label) of a lane, without end: shards in random order, then shuffled within the window."""
+    def samples(self, epoch, worker, workers):
+        """The (Member, label) of a worker, without end: shards in random order, then shuffled within the window."""
         shuffle = import_optional("webdataset").shuffle
         rng = random.Random(seed_for("order", self.args.seed, epoch))
-        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * lane :: self.ranks * self.lanes]
+        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * worker :: self.ranks * workers]
         while True:
-            yield from shuffle(WINDOW // self.lanes, rng=rng)(read_shards(urls, self.classes))
+            yield from shuffle(WINDOW // workers, rng=rng)(read_shards(urls, self.classes))
 
     def cut(self, indices, epoch, step):
         """(images (B, C, S, S) uint8, labels (B,)) of one step; `indices` only says how many there are."""
-        args, lane = self.args, step % self.lanes
-        at, samples = self.open.get(lane, (None, None))
-        if at != (epoch, step):  # the lane's first step here; what came before it is read, but not decoded
-            before = step // self.lanes * (args.batch_size // self.ranks)
-            samples = islice(self.samples(epoch, lane), before, None)
-        members, labels = zip(*islice(samples, max(1, len(indices) // self.ranks)))
-        self.open[lane] = (epoch, step + self.lanes), samples
+        args, workers = self.args, max(1, self.workers)
+        if self.next_place != (epoch, step):  # the first step here; what came before it is read, but not decoded
+            before = step // workers * (args.batch_size // self.ranks)
+            self.left = islice(self.samples(epoch, step % workers, workers), before, None)
+        self.next_place = epoch, step + workers
+        members, labels = zip(*islice(self.left, max(1, len(indices) // self.ranks)))
         sizes, files = torch.tensor([upright_size(member) for member in members]), np.array(members)[:, None]
         images = LargeImages(None, files, sizes, args.image_size, args.crop_pct, None, args.channels)
         crops = Crops(images, scale=args.scale, ratio=args.ratio or RATIO, seed=args.seed)
         return crops.cut(np.arange(len(members)), epoch, step * self.ranks + self.rank), torch.tensor(labels)
 
-    def by_workers(self, device):
-        """The same in worker processes: a function from keys, as that of crop_batches."""
-        workers = min(os.cpu_count(), LANES) if self.args.workers is None else self.args.workers
-        return batches_by_workers(self, device, 1 << workers.bit_length() >> 1)  # a power of two: a lane has one worker
-
 
 def read_webdataset(args):
-    """(class names, Shards, {"test" and "val": (images, labels, names)}, (N, C, S, S) uint8 of the first shard)."""
+    """(class names, Shards, {split: (images, labels, names)}), in which the training images are the FIRST ones."""
     urls, classes = find_shards(args.data_dir)
     crop = partial(centre_crop, crop_pct=args.crop_pct)
-    decode = partial(decode_images, size=args.image_size, decode=crop, channels=args.channels)
     splits = {}
-    for split in [split for split in ("test", "val") if urls[split]]:
-        images, labels, names = [], [], []
-        for url in urls[split]:  # one after the other: what is not decoded yet is small
-            members, some = zip(*read_shards([url], classes))
-            images.append(torch.from_numpy(decode(members)))
-            labels, names = labels + [*some], names + [*map(str, members)]
-        splits[split] = torch.cat(images), labels, names
-    first = [member for member, _ in islice(read_shards(urls["train"][:1], classes), SEEN_OF_SHARD)]
-    return classes, Shards(urls["train"], classes, args), splits, torch.from_numpy(decode(first))
+    for split, count in {"test": None, "val": None, "train": FIRST}.items():
+        if urls[split]:
+            members, labels = zip(*islice(read_shards(urls[split], classes), count))
+            images = torch.from_numpy(decode_images(members, args.image_size, crop, channels=args.channels))
+            splits[split] = images, torch.tensor(labels), np.array([*map(str, members)])
+    return classes, Shards(urls["train"], classes, args), splits

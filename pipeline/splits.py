@@ -16,7 +16,7 @@ def made_splits(
     """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
 
     By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
-    folds the one of number seed % folds. group_by is that of parts_of_images. Raises UserError if a split is left
+    folds the one of number seed % folds. group_by is that of group_numbers. Raises UserError if a split is left
     without a class, or if a value has no effect.
     """
     if folds and "all" not in splits:
@@ -41,19 +41,27 @@ def made_splits(
 def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
     """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
 
-    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of parts_of_images.
+    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of group_numbers.
     """
+    rng, labels, flag = np.random.default_rng(seed), split.labels.numpy(), f"{flag} {fraction}"
+    classes = {name: (labels == label).nonzero()[0] for label, name in enumerate(classes)}  # {name: indices}
     if group_by or fraction >= 1:
         shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
-        parts = parts_of_images(split, shares, classes, seed=seed, flag=f"{flag} {fraction}", group_by=group_by)
+        groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
+        counts = np.zeros((groups.max() + 1, len(classes)), int)
+        np.add.at(counts, (groups, labels), 1)
+        parts = place_groups(counts, shares, rng)[groups]
+        for name, members in classes.items():
+            if len({*parts[members]}) < len(shares):
+                flag += f" with --group-by {group_by}" if group_by else ""
+                found = f"images: {len(members)}, groups: {len({*groups[members]})}"
+                raise UserError(f"{flag} leaves a split without class {name} ({found})")
         return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
-    rng = np.random.default_rng(seed)
-    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (split.labels == label).nonzero()[:, 0].numpy()
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for name, members in classes.items():
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
+            raise UserError(f"{flag} leaves no training image of class {name}, which has {len(members)}")
         chosen[rng.permutation(members)[:count]] = True
     return split.pick(chosen), split.pick(~chosen)
 
@@ -77,38 +85,11 @@ def group_numbers(names, group_by):
 def place_groups(counts, shares, rng):
     """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
 
-    One group after the other, the largest first and equal ones in random order, is placed where chi-square, the sum of
-    (images - expected)^2 / expected over parts and classes, then is least. A class with as many groups as parts is in
-    every part, if they can be separated.
+    The largest group comes first, equal ones in random order; each goes to the part that lacks most of its classes.
     """
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    parts, placed = np.empty(len(counts), int), np.zeros((len(shares), counts.shape[1]))
-    totals, left = counts.sum(0), (counts > 0).sum(0)  # (classes,): images, and groups that are not placed yet
-    for group in order:
-        more = counts[group]
-        growth = (2 * placed + more) * more / totals  # (parts, classes): chi-square's, times shares, and a constant
-        cost = (growth + 1e-9 * placed).sum(1) / shares  # (parts,): among equals, the smallest part
-        lacking = placed == 0
-        last_chance = (lacking & (more > 0) & (left <= lacking.sum(0))).any(1)
-        parts[group] = np.where(last_chance, cost - cost.max() - 1, cost).argmin()
-        placed[parts[group]] += more
-        left -= more > 0
+    totals, parts = counts.sum(0), np.empty(len(counts), int)
+    lack = np.outer(shares, totals)  # (parts, classes): images
+    for group in sorted(rng.permutation(len(counts)), key=lambda group: -counts[group].sum()):
+        parts[group] = (lack @ (counts[group] / totals + 1e-9)).argmax()  # 1e-9: among equals, the smallest part
+        lack[parts[group]] -= counts[group]
     return parts
-
-
-def parts_of_images(split, shares, classes, *, seed, flag, group_by=None):
-    """(N,) the part of each image of a Split, by place_groups; without group_by each image is a group.
-
-    Raises UserError if a part has no image of a class; flag is what asked for the parts, with its value.
-    """
-    labels, flag = split.labels.numpy(), flag + (f" with --group-by {group_by}" if group_by else "")
-    groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
-    counts = np.zeros((groups.max() + 1, len(classes)), int)
-    np.add.at(counts, (groups, labels), 1)
-    parts = place_groups(counts, np.array(shares), np.random.default_rng(seed))
-    for label, name in enumerate(classes):
-        if len({*parts[counts[:, label] > 0]}) < len(shares):
-            found = f"images: {counts[:, label].sum()}, groups: {(counts[:, label] > 0).sum()}"
-            raise UserError(f"{flag} leaves a split without class {name} ({found})")
-    return parts[groups]

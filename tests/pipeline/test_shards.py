@@ -74,7 +74,7 @@ def batches_of(pattern, **others):
     return training_batches(dataset_of(args), args, torch.device("cpu"))
 
 
-def test_the_images_and_their_classes(tmp_path):
+def test_the_images_and_their_classes(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "shards")
     assert count_classes("webdataset", pattern) == 3
     dataset = dataset_of(flags(pattern))
@@ -82,7 +82,9 @@ def test_the_images_and_their_classes(tmp_path):
     assert dataset.test.images.shape == (20, 3, 66, 66)
     assert dataset.test.labels.tolist() == [number % 3 for number in range(60, 80)]
     assert dataset.test.names[:2].tolist() == ["test-000.tar/00060.png", "test-000.tar/00061.png"]
-    assert dataset.mean[0] == pytest.approx(4.5 / 255) and dataset.mean[2] == 0  # of the first shard, images 0 to 9
+    assert dataset.mean[0] == pytest.approx(29.5 / 255) and dataset.mean[2] == 0
+    monkeypatch.setattr(shards, "FIRST", 10)
+    assert dataset_of(flags(pattern)).mean[0] == pytest.approx(4.5 / 255)  # images 0 to 9
     assert describe(dataset).startswith(
         "train      60 images per epoch, of 6 shards\ntest       20 images: ant 7, bee 7"
     )
@@ -92,29 +94,36 @@ def test_an_epoch_has_each_image_once_in_an_order_of_its_own(tmp_path):
     batches = batches_of(write_shards(tmp_path / "shards"))
     first, second = seen(batches), seen(batches, 1)
     assert batches.steps_per_epoch == 8 and [len(batch) for batch in first] == [8] * 7 + [4]
-    assert len(set(sum(first, []))) >= 40  # lanes of one and of two shards: a short one begins again
+    assert sorted(sum(first, [])) == list(range(60)) != sum(first, [])
     assert first != second and seen(batches) == first
     other = batches_of(tmp_path.joinpath("shards").as_posix() + "/{train-{000..005},test-{000..001}}.tar", seed=1)
     assert seen(other) != first
 
 
-def test_a_long_epoch_reads_the_shards_again_and_a_power_of_two_each_once(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_long_epoch_reads_the_shards_again(tmp_path, workers):
     pattern = write_shards(tmp_path / "shards", train=4)
-    numbers = sum(seen(batches_of(pattern, epoch_images=40, batch_size=10)), [])
-    assert sorted(numbers) == list(range(40)) and numbers != sorted(numbers)
-    numbers = sum(seen(batches_of(pattern, epoch_images=80, batch_size=10)), [])
-    assert sorted(numbers) == sorted([*range(40)] * 2)
+    for times in (1, 2):
+        batches = batches_of(pattern, epoch_images=40 * times, batch_size=10, workers=workers)
+        assert sorted(sum(seen(batches), [])) == sorted([*range(40)] * times)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_neither_workers_nor_a_stop_change_the_order(tmp_path, workers):
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_stop_does_not_change_the_order(tmp_path, workers):
     pattern = write_shards(tmp_path / "shards")
-    alone, spread = batches_of(pattern), batches_of(pattern, workers=workers)
-    assert seen(spread) == seen(alone) and seen(spread, 1) == seen(alone, 1)
-    assert seen(spread, 1, start_step=3) == seen(alone, 1)[3:]
-    crops = {"scale": [0.3, 1.0], "hflip": 0.5, "seed": 5}
-    pairs = zip(batches_of(pattern, **crops).batches(2), batches_of(pattern, workers=workers, **crops).batches(2))
-    assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    crops = {"scale": [0.3, 1.0], "hflip": 0.5, "seed": 5, "workers": workers}
+    whole, stopped = batches_of(pattern, **crops), batches_of(pattern, **crops)
+    for epoch, start_step in ((0, 0), (1, 4), (1, 4), (2, 3)):
+        pairs = zip([*whole.batches(epoch)][start_step:], stopped.batches(epoch, start_step), strict=True)
+        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    plain = batches_of(pattern, workers=workers)
+    assert (seen(plain) == seen(batches_of(pattern))) is (workers < 2)  # two workers read other shards first
+
+
+def test_each_worker_reads_shards_of_its_own(tmp_path):
+    batches = seen(batches_of(write_shards(tmp_path / "shards", train=4), epoch_images=40, batch_size=10, workers=9))
+    assert [len({number // 10 for number in batch}) for batch in batches] == [1] * 4  # four shards: four workers
+    assert sorted(sum(batches, [])) == list(range(40))
 
 
 def test_ranks_share_the_shards_and_take_the_same_number_of_steps(tmp_path, monkeypatch):
@@ -135,7 +144,7 @@ def test_ranks_share_the_shards_and_take_the_same_number_of_steps(tmp_path, monk
 def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "shards")
     run = ["--dataset", "webdataset", "--data-dir", pattern, "--epoch-images", "40", "--recipe", "quick", *TINY]
-    run += ["--image-size", "16", "--epochs", "2", "--batch-size", "8", "--workers", "0", "--out-dir", str(tmp_path)]
+    run += ["--image-size", "16", "--epochs", "2", "--batch-size", "8", "--workers", "2", "--out-dir", str(tmp_path)]
     whole = train_vit.main([*run, "--run-name", "whole"])
     assert whole["images"] == {"train": 40, "test": 20} and whole["dataset_name"] == "webdataset"
     assert train_vit.main([*run, "--run-name", "part", "--minutes", "1e-9"]) is None
@@ -155,7 +164,7 @@ def test_mistakes_are_named(tmp_path):
             seen(batches_of(pattern, **others))
         return str(raised.value)
 
-    assert re.search("no file with test in its name, as in shards/train", said(f"{folder}/train-000.tar"))
+    assert re.search("no file with test in its name, as test-000.tar", said(f"{folder}/train-000.tar"))
     assert re.search("pipe:cat: shards are files, or addresses that begin", said(f"pipe:cat::{pattern}"))
     assert re.search("a shard cannot be read .*train-007.tar", said(f"{folder}/train-007.tar::{pattern}"))
     (folder / "train-001.tar").write_bytes((folder / "train-001.tar").read_bytes()[:3000])

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from conftest import TINY, error_line, run_train_vit, write_images
 
 import compare
 import train_vit
-from data import load_dataset
+from data import Split, load_dataset
 from errors import UserError
 from experiments.runs import own_groups
-from pipeline.splits import group_numbers, parts_of_images, place_groups
+from pipeline.splits import group_numbers, place_groups, split_by_class
 from training.checkpoint import load_checkpoint
 
 
@@ -64,8 +63,8 @@ def test_groups_come_near_the_fraction(seed):
 
 
 def test_a_class_of_few_groups_is_in_every_part():
-    parts = place_groups(np.array([[6], [5]]), np.array([0.2, 0.8]), np.random.default_rng(0))
-    assert sorted(parts) == [0, 1]
+    parts = place_groups(np.array([[6], [5], [4]]), np.array([0.2, 0.8]), np.random.default_rng(0))
+    assert parts.tolist() == [1, 1, 0]
     parts = place_groups(np.array([[90], [1], [2], [1], [3]]), np.full(5, 0.2), np.random.default_rng(0))
     assert sorted(parts) == [0, 1, 2, 3, 4]
 
@@ -122,12 +121,14 @@ def test_each_image_is_tested_on_once_in_k_folds(tmp_path, group_by, image_size)
 
 def test_folds_of_uneven_classes_are_balanced_and_of_one_size():
     labels = torch.tensor(sum(([label] * count for label, count in enumerate((11, 11, 11, 13, 6))), []))
-    split = SimpleNamespace(labels=labels, names=np.arange(52))
-    parts = parts_of_images(split, [0.2] * 5, list("abcde"), seed=0, flag="--folds 5")
-    counts = np.array([labels[torch.from_numpy(parts == part)].bincount(minlength=5).tolist() for part in range(5)])
+    split = Split(torch.zeros(52), labels, np.arange(52))
+    options = {"seed": 0, "flag": "--folds"}
+    folds = [split_by_class(split, 5, list("abcde"), part=part, **options)[0] for part in range(5)]
+    assert sorted(sum((fold.names.tolist() for fold in folds), [])) == list(range(52))
+    counts = np.array([fold.labels.bincount(minlength=5).tolist() for fold in folds])
     assert (np.ptp(counts, axis=0) <= 1).all() and np.ptp(counts.sum(1)) <= 1
     with pytest.raises(UserError, match=r"--folds 7 leaves a split without class e \(images: 6, groups: 6\)"):
-        parts_of_images(split, [1 / 7] * 7, list("abcde"), seed=0, flag="--folds 7")
+        split_by_class(split, 7, list("abcde"), **options)
 
 
 def test_folds_are_one_group_of_runs(tmp_path, capsys):
