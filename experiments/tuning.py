@@ -41,31 +41,27 @@ def open_study(path, search, epochs):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = optuna.storages.journal.JournalFileOpenLock(str(path))  # needs no symbolic links
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock))
-    options = {"study_name": "tune", "direction": "maximize", "load_if_exists": True}
-    pruner = optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3)
-    study = optuna.create_study(storage=storage, pruner=pruner, **options)
+    options = {"direction": "maximize", "pruner": optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3)}
+    study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True, **options)
     if (there := study.user_attrs.get("search", search)) != search:
         raise UserError(f"{path} is of another search, {there}, not {search}; to search anew, delete {path.parent}")
     study.set_user_attr("search", search)
     return study
 
 
-def begin_trial(study, number, ranges):
-    """Optuna's Trial of this number, with new values, or with those that it had when it was stopped."""
-    optuna = import_optional("optuna")
+def do_trial(study, number, ranges, job, lock, args, deadline):
+    """Train a trial until it is finished, is worse than the median of the others, or the deadline; tell Optuna.
+
+    Its values are new, or those that it had when it was stopped.
+    """
+    optuna, folder, known = import_optional("optuna"), run_folder(job, args), study.trials[number]
     # with one seed for all, a second process and a resumed search would draw the first values again
     study.sampler = optuna.samplers.TPESampler(seed=number)
-    trial = optuna.Trial(study, study.trials[number]._trial_id)
+    trial, accuracies = optuna.Trial(study, known._trial_id), known.intermediate_values
     for name, method, options in ranges:
         getattr(trial, method)(name, **options)
-    return trial
-
-
-def do_trial(trial, job, lock, args, deadline):
-    """Train a trial until it is finished, is worse than the median of the others, or the deadline; tell Optuna."""
-    folder, accuracies = run_folder(job, args), trial.study.trials[trial.number].intermediate_values
     values = [f"{as_flag(name)}={value}" for name, value in trial.params.items()]
-    print(f"--- trial {trial.number}: {shlex.join(values)}", flush=True)
+    print(f"--- trial {number}: {shlex.join(values)}", flush=True)
 
     def hopeless():
         for epoch, row in enumerate(log_rows(folder), 1):
@@ -80,11 +76,11 @@ def do_trial(trial, job, lock, args, deadline):
     if code:
         trial.set_user_attr("state", f"failed, exit code {code}")
     if code != 0:  # the sampler takes a failed trial, say one whose loss was not finite, as worse than the others
-        trial.study.tell(trial, state=import_optional("optuna").trial.TrialState.PRUNED)
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     elif time.monotonic() < deadline:
-        trial.study.tell(trial, accuracies[max(accuracies)])
+        study.tell(trial, accuracies[max(accuracies)])
     if code and not folder.exists():
-        raise UserError(f"trial {trial.number} cannot be trained; its message is above")
+        raise UserError(f"trial {number} cannot be trained; its message is above")
 
 
 def trial_table(trials, names):
@@ -104,8 +100,7 @@ def tune_plan(plans, args, again, deadline):
         raise UserError(f"--tune needs a plan of one row that is run, not of {len(rows)}")
     row, texts = rows[0], sorted(args.tune.split())
     ranges = [read_range(text, row) for text in texts]
-    names = [name for name, *_ in ranges]
-    if not names or len(set(names)) < len(names):
+    if len({name for name, *_ in ranges}) < max(1, len(texts)):
         raise UserError(f'--tune "{args.tune}": name each flag once, as in "lr=1e-4..1e-2 opt=adamw,muon"')
     arguments = all_arguments(row.script, row.given)
     if not arguments["val_fraction"] and arguments["dataset"] not in ("shapes", "folder", "webdataset"):
@@ -122,15 +117,14 @@ def tune_plan(plans, args, again, deadline):
     try:
         for number, job in enumerate(jobs):
             with open_lock(run_folder(job, args)) as lock:
-                free = time.monotonic() < deadline and not is_locked(lock)
-                if free and study.trials[number].state.name == "RUNNING":
-                    do_trial(begin_trial(study, number, ranges), job, lock, args, deadline)
+                if time.monotonic() < deadline and not is_locked(lock) and study.trials[number].state.name == "RUNNING":
+                    do_trial(study, number, ranges, job, lock, args, deadline)
     except KeyboardInterrupt:
         print(f"stopped in trial {number}; to resume: {again}")
         raise
     trials = [trial for trial in study.trials if trial.params]
     trials.sort(key=lambda trial: (trial.state.name, -trial.intermediate_values.get(trial.last_step, 0)))
-    print(trial_table(trials, names))
+    print(trial_table(trials, [name for name, *_ in ranges]))
     done = sum(trial.state.name != "RUNNING" for trial in trials)
     if done < args.trials:
         print(f"{done} of {args.trials} trials are done; to resume, if no other process trains the rest: {again}")
