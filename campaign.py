@@ -26,7 +26,6 @@ import shlex
 import sys
 import time
 
-from data import has_validation_images
 from errors import UserError, aligned, command_line, run_script
 from experiments.dry import dry_run
 from experiments.engines import ENGINES, do_jobs_on_cluster, key_values
@@ -125,7 +124,7 @@ def main(argv=None):
     again = shlex.join(["python", "campaign.py", *(command_line() if argv is None else argv)])
     deadline = began + 60 * args.minutes if args.minutes else math.inf
     if args.tune is not None:
-        plans = tune_plan(plans, args, again, deadline, has_validation_images)
+        plans = tune_plan(plans, args, again, deadline)
     measured = read_runs(make_folder(args.results))
     found = {plan.name: fitting_runs(plan, measured) for plan in plans}
     if args.list:

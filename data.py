@@ -79,13 +79,6 @@ def count_classes(name, data_dir):
     return 100 if name == "cifar100" else 10
 
 
-def has_validation_images(args):
-    """Whether a run with the arguments {name: value} has validation images, without reading any image."""
-    if args["val_fraction"] or args["dataset"] == "shapes":
-        return True
-    return args["dataset"] == "folder" and "val" in find_splits(Path(args["data_dir"] or ""))[1]
-
-
 def is_large(name, image_size):
     """Whether images keep their shape and are cropped to squares (see large.py), rather than resized to one size."""
     kept = name in ("webdataset", *IMAGENETTES)

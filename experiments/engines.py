@@ -1,5 +1,6 @@
 """Engines: a plan's runs on a cluster, by submitit (SLURM) or Ray. campaign.py remains the ledger."""
 
+import contextlib
 import json
 import math
 import os
@@ -34,27 +35,20 @@ def do_on_worker(job, args, folder):
 
 
 class RequeuedJob:
-    """do_on_worker as submitit runs it: at submitit's signal the training saves, and then the job is requeued."""
+    """do_on_worker as submitit runs it: a job that runs out of time or is preempted saves, and is requeued."""
 
     def __call__(self, *arguments):
-        asked = []
-
-        def save(signum, frame):
-            asked.append(signum)
-            signal.raise_signal(signal.SIGTERM)  # passed on to the training; without one, a KeyboardInterrupt
-
-        signum = signal.Signals["SIG" + import_optional("submitit").JobEnvironment.USR_SIG]
-        requeue, bypass = signal.signal(signum, save), signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return do_on_worker(*arguments)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGTERM, bypass)  # a job that is requeued receives it, too
-            time.sleep(0 if asked else 2)  # before a preemption, SLURM may send SIGTERM first
-            if asked:
-                requeue(signum, None)  # calls checkpoint(), puts the job back into the queue, and exits
+            time.sleep(2)  # before a preemption, SLURM may send SIGTERM first
             sys.exit("stopped")
 
     def checkpoint(self, *arguments):
+        """Called at submitit's signal, before it puts the job back into the queue and exits."""
+        signal.raise_signal(signal.SIGTERM)  # which run_command passes on to the training
+        with contextlib.suppress(ChildProcessError):
+            os.wait()  # until it has saved
         return import_optional("submitit").helpers.DelayedSubmission(self, *arguments)
 
 
@@ -103,7 +97,7 @@ def do_jobs_on_cluster(jobs, found, args, again, *, deadline):
 
     A run waits for the one that it starts from. Ctrl-C and the deadline let the runs save and end.
     """
-    waiting, running, failed = [job for job in jobs if job.seed is not None], [], []
+    waiting, running, failed = [job for job in jobs if job.seed is not None], {}, []
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} measurements are left to a campaign without --engine")
     try:
@@ -112,13 +106,13 @@ def do_jobs_on_cluster(jobs, found, args, again, *, deadline):
         raise UserError(f"--engine {args.engine}: {' '.join(str(error).split())}") from error
     with StopRequests() as stop:
         while (waiting or running) and not stop.wanted() and time.monotonic() < deadline:
-            unfinished = [*waiting, *(job for job, _ in running)]
-            ready = [job for job in waiting if start_of(job) not in unfinished]
-            waiting = [job for job in waiting if job not in ready]
-            running += zip(ready, submit([(job, args, os.getcwd()) for job in ready]) if ready else [], strict=True)
-            for job, future in [pair for pair in running if pair[1].done()]:
-                running.remove((job, future))
-                if error := future.exception():
+            unfinished = [*waiting, *running.values()]
+            if ready := [job for job in waiting if start_of(job) not in unfinished]:
+                waiting = [job for job in waiting if job not in ready]
+                running |= zip(submit([(job, args, os.getcwd()) for job in ready]), ready, strict=True)
+            for future in [future for future in running if future.done()]:
+                job, error = running.pop(future), future.exception()
+                if error:
                     print(error, file=sys.stderr)
                 code, result = (1, None) if error else future.result()
                 if result:
@@ -128,9 +122,9 @@ def do_jobs_on_cluster(jobs, found, args, again, *, deadline):
                 said = "done" if result else f"failed, exit code {code}"
                 print(f"--- {said}: {job.name}; runs to do: {len(waiting) + len(running)}", flush=True)
             time.sleep(1)
-        for _, future in running:
+        for future in running:
             cancel(future)
-        for job, _ in running:
+        for job in running.values():
             with open_lock(run_folder(job, args)) as lock:  # a run holds it until it has saved
                 while is_locked(lock):
                     time.sleep(0.1)

@@ -101,7 +101,7 @@ def expected_minutes(job, found, args):
     if start and not is_trained(run_folder(start, args)):
         before = expected_minutes(start, found, args)
     folder = run_folder(job, args)
-    own = None if is_replaced(job, folder) else minutes_by_log(job, folder / "log.csv")
+    own = None if is_replaced(job, folder) else minutes_by_log(job, folder)
     if own is None:
         device = device_name(pick_device(args.device))
         results = [run.result for run in found[job.plan.name][job.row.name].values()]
@@ -110,11 +110,16 @@ def expected_minutes(job, found, args):
     return None if own is None or before is None else before + own
 
 
-def minutes_by_log(job, log):
-    if not log.exists():
-        return None
-    with open(log, newline="") as file:
-        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+def log_rows(folder):
+    """The rows of a run's log.csv, {column: text}; none before its first epoch has ended."""
+    if not (folder / "log.csv").exists():
+        return []
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def minutes_by_log(job, folder):
+    seconds = [float(row["seconds"]) for row in log_rows(folder)]
     if len(seconds) < 2:
         return None
     epochs = all_arguments(job.row.script, job.row.given)["epochs"]

@@ -1,11 +1,10 @@
 """A search: trials of a plan's row, each with other values of some flags, compared on validation images alone."""
 
-import csv
 import shlex
 import time
 
 from errors import UserError, aligned, import_optional
-from experiments.jobs import Job, open_lock, run_flags, run_folder
+from experiments.jobs import Job, log_rows, open_lock, run_flags, run_folder
 from experiments.scripts import all_arguments, is_locked, run_command, script_parser
 from files import make_folder
 from training.arguments import as_flag, given_arguments
@@ -20,13 +19,13 @@ def read_range(text, row):
     The scale is logarithmic if a range begins above 0 and spans a factor of 10. Raises UserError.
     """
     flag, _, values = text.partition("=")
-    name, is_range = flag.lstrip("-").replace("-", "_"), ".." in values
-    parts = values.split(".." if is_range else ",")
+    name, (low, is_range, high) = flag.lstrip("-").replace("-", "_"), values.partition("..")
+    parts = [low, high] if is_range else values.split(",")
     parsed = [given_arguments(script_parser(row.script), [f"{as_flag(name)}={part}"])[name] for part in parts]
     if name in row.given or name in FIXED or flag_kind(name) != "run":
         why = f"row {row.name} gives it itself" if name in row.given else "it must be the same in all trials"
         raise UserError(f"--tune {text}: {as_flag(name)} cannot be searched, {why}")
-    numbers = len(parts) == 2 and all(isinstance(value, (int, float)) for value in parsed)
+    numbers = all(isinstance(value, (int, float)) for value in parsed)
     if not (numbers and parsed[0] < parsed[1] if is_range else len(parts) == len(set(parts)) > 1):
         raise UserError(f"--tune {text}: neither a range {flag}=LOW..HIGH nor choices {flag}=A,B")
     if not is_range:
@@ -41,74 +40,47 @@ def open_study(path, search, epochs):
     optuna = import_optional("optuna", "'optuna>=5'")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = optuna.storages.journal.JournalFileOpenLock(str(path))  # needs no symbolic links
-    backend = optuna.storages.journal.JournalFileBackend(str(path), lock)
-    options = {"study_name": "tune", "direction": "maximize", "load_if_exists": True}
-    pruner = optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3)
-    study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), pruner=pruner, **options)
-    if "search" not in study.user_attrs:
-        study.set_user_attr("search", search)
-    if (there := study.user_attrs["search"]) != search:
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock))
+    options = {"direction": "maximize", "pruner": optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3)}
+    study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True, **options)
+    if (there := study.user_attrs.get("search", search)) != search:
         raise UserError(f"{path} is of another search, {there}, not {search}; to search anew, delete {path.parent}")
+    study.set_user_attr("search", search)
     return study
 
 
-def trial_job(plan, number):
-    return Job(plan, plan.rows[0]._replace(name=f"trial-{number}"), 0)
+def do_trial(study, number, ranges, job, lock, args, deadline):
+    """Train a trial until it is finished, is worse than the median of the others, or the deadline; tell Optuna.
 
-
-def next_trial(study, plan, ranges, args):
-    """(a trial that was stopped, or a new one; its lock, held); None if none is left for this process."""
-    optuna = import_optional("optuna")
-    with open_lock(run_folder(trial_job(plan, 0), args).with_name("study")) as choosing:
-        while is_locked(choosing):
-            time.sleep(0.1)
-        trials = study.get_trials(deepcopy=False)
-        numbers = [trial.number for trial in trials if trial.state.name == "RUNNING"]
-        new = sum(trial.state.name != "FAIL" for trial in trials) < args.trials
-        for number in numbers + [len(trials)] * new:
-            lock = open_lock(run_folder(trial_job(plan, number), args))
-            # another process may have finished it since the trials were read
-            if not is_locked(lock) and (number == len(trials) or study.trials[number].state.name == "RUNNING"):
-                # with one seed for all, a second process and a resumed search would draw the first values again
-                study.sampler = optuna.samplers.TPESampler(seed=number)
-                trial = optuna.Trial(study, trials[number]._trial_id) if number < len(trials) else study.ask()
-                for name, method, options in ranges:
-                    getattr(trial, method)(name, **options)
-                return trial, lock
-            lock.close()
-    return None
-
-
-def do_trial(trial, lock, plan, args, deadline):
-    """Train a trial until it is finished, is worse than the median of the others, or the deadline; tell Optuna."""
-    job, state, accuracies = trial_job(plan, trial.number), import_optional("optuna").trial.TrialState, []
-    folder = run_folder(job, args)
+    Its values are new, or those that it had when it was stopped.
+    """
+    optuna, folder, known = import_optional("optuna"), run_folder(job, args), study.trials[number]
+    # with one seed for all, a second process and a resumed search would draw the first values again
+    study.sampler = optuna.samplers.TPESampler(seed=number)
+    trial, accuracies = optuna.Trial(study, known._trial_id), known.intermediate_values
+    for name, method, options in ranges:
+        getattr(trial, method)(name, **options)
     values = [f"{as_flag(name)}={value}" for name, value in trial.params.items()]
-    print(f"--- trial {trial.number}: {shlex.join(values)}", flush=True)
+    print(f"--- trial {number}: {shlex.join(values)}", flush=True)
 
     def hopeless():
-        known = trial.study.trials[trial.number].intermediate_values
-        if (folder / "log.csv").exists():
-            with open(folder / "log.csv", newline="") as file:
-                accuracies[:] = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
-        for epoch, accuracy in enumerate(accuracies, 1):
-            if epoch not in known:
-                trial.report(accuracy, epoch)
+        for epoch, row in enumerate(log_rows(folder), 1):
+            if epoch not in accuracies:
+                accuracies[epoch] = float(row["val_accuracy"])
+                trial.report(accuracies[epoch], epoch)
         return trial.should_prune()
 
-    with lock:
-        command = [*run_flags(job, args, deadline), *values, "--skip-test", "--resume", "auto"]
-        code = run_command(job.row.script, command, lock=lock, hopeless=hopeless)
-        hopeless()
-        if code and not folder.exists():
-            trial.study.tell(trial, state=state.FAIL)
-            raise UserError(f"trial {trial.number} cannot be trained; its message is above")
-        if code:
-            trial.set_user_attr("state", f"failed, exit code {code}")
-        if code != 0:  # the sampler takes a failed trial, say one whose loss was not finite, as worse than the others
-            trial.study.tell(trial, state=state.PRUNED)
-        elif time.monotonic() < deadline:
-            trial.study.tell(trial, accuracies[-1])
+    command = [*run_flags(job, args, deadline), *values, "--skip-test", "--resume", "auto"]
+    code = run_command(job.row.script, command, lock=lock, hopeless=hopeless)
+    hopeless()
+    if code:
+        trial.set_user_attr("state", f"failed, exit code {code}")
+    if code != 0:  # the sampler takes a failed trial, say one whose loss was not finite, as worse than the others
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    elif time.monotonic() < deadline:
+        study.tell(trial, accuracies[max(accuracies)])
+    if code and not folder.exists():
+        raise UserError(f"trial {number} cannot be trained; its message is above")
 
 
 def trial_table(trials, names):
@@ -121,44 +93,45 @@ def trial_table(trials, names):
     return aligned(rows)
 
 
-def tune_plan(plans, args, again, deadline, has_validation_images):
-    """Do the missing trials of --tune and print all of them: [a Plan with the best values], [] if some are missing.
-
-    has_validation_images(arguments) tells whether a run has some; again is the command that resumes. Raises UserError.
-    """
+def tune_plan(plans, args, again, deadline):
+    """Do the missing trials of --tune and print all: [a Plan with the best values], [] if some are missing."""
     plan, rows = plans[0], [row for plan in plans for row in plan.rows]
     if len(rows) != 1 or rows[0].not_run:
         raise UserError(f"--tune needs a plan of one row that is run, not of {len(rows)}")
     row, texts = rows[0], sorted(args.tune.split())
     ranges = [read_range(text, row) for text in texts]
-    names = [name for name, *_ in ranges]
-    if not names or len(set(names)) < len(names):
+    if len({name for name, *_ in ranges}) < max(1, len(texts)):
         raise UserError(f'--tune "{args.tune}": name each flag once, as in "lr=1e-4..1e-2 opt=adamw,muon"')
-    arguments = all_arguments(row.script, ({"data_dir": args.data_dir} if args.data_dir else {}) | row.given)
-    if not has_validation_images(arguments):
+    arguments = all_arguments(row.script, row.given)
+    if not arguments["val_fraction"] and arguments["dataset"] not in ("shapes", "folder", "webdataset"):
         raise UserError(f"--tune needs validation images to choose on: add --val-fraction 0.1 to row {row.name}")
-    trial_plan = plan._replace(name=f"{plan.name}/tune-{row.name}")
-    path = make_folder(run_folder(trial_job(trial_plan, 0), args).parent) / "study.jsonl"
+    place = plan._replace(name=f"{plan.name}/tune-{row.name}")
+    jobs = [Job(place, row._replace(name=f"trial-{number}"), 0) for number in range(args.trials)]
+    path = make_folder(run_folder(jobs[0], args).parent) / "study.jsonl"
     shown = [text + " (log scale)" * options.get("log", False) for text, (*_, options) in zip(texts, ranges)]
     search = f"{shlex.join([row.script, *row.arguments])} with {', '.join(shown)} by TPE, seeded with the trial number"
     study = open_study(path, search, arguments["epochs"])
     print(f"{args.trials} trials of {search}, in {path}")
-    while time.monotonic() < deadline and (found := next_trial(study, trial_plan, ranges, args)):
-        try:
-            do_trial(*found, trial_plan, args, deadline)
-        except KeyboardInterrupt:
-            print(f"stopped in trial {found[0].number}; to resume: {again}")
-            raise
-    done = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
-    done.sort(key=lambda trial: (trial.state.name != "COMPLETE", -trial.intermediate_values.get(trial.last_step, 0)))
-    others = [trial for trial in study.trials if trial.state.name in ("RUNNING", "FAIL")]
-    print(trial_table(done + others, names))
-    if len(done) < args.trials or any(trial.state.name == "RUNNING" for trial in others):
-        print(f"{len(done)} of {args.trials} trials are done; to resume, if no other process trains the rest: {again}")
+    while len(study.trials) < args.trials:
+        study.ask()  # if two processes do so at once, those beyond args.trials stay unused
+    try:
+        for number, job in enumerate(jobs):
+            with open_lock(run_folder(job, args)) as lock:
+                if time.monotonic() < deadline and not is_locked(lock) and study.trials[number].state.name == "RUNNING":
+                    do_trial(study, number, ranges, job, lock, args, deadline)
+    except KeyboardInterrupt:
+        print(f"stopped in trial {number}; to resume: {again}")
+        raise
+    trials = [trial for trial in study.trials if trial.params]
+    trials.sort(key=lambda trial: (trial.state.name, -trial.intermediate_values.get(trial.last_step, 0)))
+    print(trial_table(trials, [name for name, *_ in ranges]))
+    done = sum(trial.state.name != "RUNNING" for trial in trials)
+    if done < args.trials:
+        print(f"{done} of {args.trials} trials are done; to resume, if no other process trains the rest: {again}")
         return []
-    if done[0].state.name != "COMPLETE":
-        raise UserError(f"--tune: none of {len(done)} trials was finished")
-    best = [*row.arguments, *(f"{as_flag(name)}={value}" for name, value in done[0].params.items())]
+    if trials[0].state.name != "COMPLETE":
+        raise UserError(f"--tune: none of {done} trials was finished")
+    best = [*row.arguments, *(f"{as_flag(name)}={value}" for name, value in trials[0].params.items())]
     row = row._replace(name=f"{row.name}-tuned", arguments=best, given=given_arguments(script_parser(row.script), best))
-    title = f"{plan.title}: best of {len(done)} trials on validation images"
+    title = f"{plan.title}: best of {done} trials on validation images"
     return [plan._replace(title=title, rows=[row], measurements=[])]

@@ -329,18 +329,22 @@ def test_submitit_saves_at_ctrl_c_and_requeues_at_its_signal(alone, place):
     shutil.rmtree(place / "checkpoints/submitit")
     began, process = time.time(), start_campaign(place, *engine)
 
-    def job():
-        """The process of submitit whose training is under way."""
+    def job_of(run):
+        """The process of submitit whose training of this run is under way."""
         for pid, command in descendants(process.pid).items():
             if "submitit.core._submit" in command:
                 below = " ".join(descendants(pid).values())
-                if "--run-name report-seed-1" in below and half_done(place, "report-seed-1", began):
+                if f"--run-name {run}" in below and half_done(place, run, began):
                     return pid
 
-    os.kill(wait_until(job, process), signal.SIGUSR2)
+    os.kill(wait_until(lambda: job_of("report-seed-1"), process), signal.SIGUSR2)
+    preempted = wait_until(lambda: job_of("faster-seed-1"), process)
+    os.kill(preempted, signal.SIGTERM)  # as SLURM may do before a preemption
+    time.sleep(0.5)
+    os.kill(preempted, signal.SIGUSR2)
     assert process.wait(timeout=300) == 0
     logs = "\n".join(path.read_text() for path in (place / "checkpoints/submitit").glob("*_log.*"))
-    assert "this job is timed-out" in logs and "(49 remaining timeouts)" in logs and "stopped" in logs
+    assert logs.count("(49 remaining timeouts)") == 2 and "this job is timed-out" in logs and "stopped" in logs
     assert_as_if_alone(place, alone)
 
 
