@@ -1583,6 +1583,93 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, ch
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}
 
 
+# ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
+
+def made_splits(
+    splits, classes, name, *, val_fraction=0.0, test_fraction=0.2, split_seed=0, group_by=None, folds=None, seed=0
+):
+    """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
+
+    By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
+    folds the one of number seed % folds. group_by is that of group_numbers. Raises UserError if a split is left
+    without a class, or if a value has no effect.
+    """
+    if folds and "all" not in splits:
+        raise UserError(f"--folds {folds}: {name} has test images of its own; --folds needs class folders alone")
+    if group_by and "all" not in splits and not val_fraction:
+        raise UserError(f"--group-by {group_by}: {name} has test images of its own, and there is no --val-fraction")
+    divide = partial(split_by_class, classes=classes, group_by=group_by)
+    if "all" in splits:
+        share, flag = (folds, "--folds") if folds else (test_fraction, "--test-fraction")
+        parts = divide(splits["all"], share, seed=(split_seed, 0), flag=flag, part=seed % (folds or 1))
+        splits = dict(zip(("test", "train"), parts))
+    elif test_fraction != 0.2:  # not the default
+        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
+    if val_fraction:
+        if "val" in splits:
+            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
+        parts = divide(splits["train"], val_fraction, seed=(split_seed, 1), flag="--val-fraction")
+        splits["val"], splits["train"] = parts
+    return splits
+
+
+def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
+    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
+
+    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of group_numbers.
+    """
+    rng, labels, flag = np.random.default_rng(seed), split.labels.numpy(), f"{flag} {fraction}"
+    classes = {name: (labels == label).nonzero()[0] for label, name in enumerate(classes)}  # {name: indices}
+    if group_by or fraction >= 1:
+        shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
+        groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
+        counts = np.zeros((groups.max() + 1, len(classes)), int)
+        np.add.at(counts, (groups, labels), 1)
+        parts = place_groups(counts, shares, rng)[groups]
+        for name, members in classes.items():
+            if len({*parts[members]}) < len(shares):
+                flag += f" with --group-by {group_by}" if group_by else ""
+                found = f"images: {len(members)}, groups: {len({*groups[members]})}"
+                raise UserError(f"{flag} leaves a split without class {name} ({found})")
+        return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for name, members in classes.items():
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(f"{flag} leaves no training image of class {name}, which has {len(members)}")
+        chosen[rng.permutation(members)[:count]] = True
+    return split.pick(chosen), split.pick(~chosen)
+
+
+def group_numbers(names, group_by):
+    """(N,) int: files in which a regular expression finds the same text have one number, whatever their class.
+
+    The text is that of its first group in parentheses, or all that it matches if it has none. Raises UserError for an
+    expression that cannot be compiled, and for a file in which it finds nothing.
+    """
+    try:
+        found = [re.search(group_by, name) for name in map(str, names)]
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: not a regular expression ({error})") from error
+    texts = [match and match[min(1, match.re.groups)] for match in found]
+    if None in texts:
+        raise UserError(f"--group-by {group_by}: it finds nothing in {names[texts.index(None)]}")
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def place_groups(counts, shares, rng):
+    """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
+
+    The largest group comes first, equal ones in random order; each goes to the part that lacks most of its classes.
+    """
+    totals, parts = counts.sum(0), np.empty(len(counts), int)
+    lack = np.outer(shares, totals)  # (parts, classes): images
+    for group in sorted(rng.permutation(len(counts)), key=lambda group: -counts[group].sum()):
+        parts[group] = (lack @ (counts[group] / totals + 1e-9)).argmax()  # 1e-9: among equals, the smallest part
+        lack[parts[group]] -= counts[group]
+    return parts
+
+
 # ---- pipeline/shapes.py: The built-in dataset: shapes drawn on textured backgrounds, with a mask of each shape.
 
 SIZE = 32
@@ -2072,7 +2159,7 @@ def training_batches(dataset, args, device):
             workers=args.workers,
         )
     elif dataset.train.images is None:  # in shards
-        crops = dataset.train.by_workers(device)
+        crops = batches_by_workers(dataset.train, device, dataset.train.workers)
     return Batches(
         dataset.train,
         batch_size=args.batch_size,
@@ -2097,9 +2184,8 @@ def evaluation_batches(dataset, split, args, device):
 
 # ---- pipeline/shards.py: More images than a disk holds: training images in tar files of webdataset (shards), read in random order.
 
-LANES = 16  # how many shards are read side by side; the order of the images follows from it, not from --workers
-WINDOW = 8000  # files in memory, of all lanes, among which the next image is drawn
-SEEN_OF_SHARD = 2000  # images of the first shard from which mean and standard deviation are computed
+WINDOW = 8000  # files in memory, of all workers, among which the next image is drawn
+FIRST = 2000  # training images from which mean and standard deviation are computed
 
 
 class Member(io.BytesIO):
@@ -2107,10 +2193,6 @@ class Member(io.BytesIO):
 
     def __str__(self):
         return self.name
-
-
-def file_name(url):
-    return re.split(r"[/\\]", url)[-1]
 
 
 def find_shards(pattern):
@@ -2123,12 +2205,11 @@ def find_shards(pattern):
     urls = wds.shardlists.expand_urls(pattern)
     if others := [url for url in urls if urlparse(url).scheme not in ("", "http", "https")]:
         raise UserError(f"--data-dir {others[0]}: shards are files, or addresses that begin with http: or https:")
-    words = {url: {*re.split(r"[\W_\d]+", file_name(url).lower())} for url in urls}
+    words = {url: {*re.split(r"[\W_\d]+", os.path.basename(url).lower())} for url in urls}
     splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
     if missing := [split for split in ("train", "test") if not splits[split]]:
-        example = "shards/train-{000..099}.tar::shards/test-{0..9}.tar"
-        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {example}")
-    path = urls[0].removesuffix(file_name(urls[0])) + "classes.txt"
+        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as {missing[0]}-000.tar")
+    path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
         return splits, wds.gopen(path).read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -2140,12 +2221,12 @@ def read_shards(urls, classes):
     wds, sample = import_optional("webdataset"), None
     try:
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
-            name, label = f"{file_name(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
-            endings = [ending for ending in EXTENSIONS if ending[1:] in sample]
-            if not endings or not label.isdigit() or int(label) >= len(classes):
+            name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
+            ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)
+            if not ending or not label.isdigit() or int(label) >= len(classes):
                 raise UserError(f"{name} must have an image, as .jpg, and a number below {len(classes)} as .cls")
-            member = Member(sample[endings[0][1:]])
-            member.name = name + endings[0]
+            member = Member(sample[ending[1:]])
+            member.name = name + ending
             yield member, int(label)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
@@ -2156,172 +2237,57 @@ def read_shards(urls, classes):
 class Shards(Crops):
     """Training images in shards, in the place of a Split: their labels are known when they are read.
 
-    Of R ranks, each reads every R-th shard, and B / R images per step. An epoch has --epoch-images of them, in an order
-    that follows from (seed, epoch) and R; shards that are too few for that are read again.
+    Each of R ranks cuts batches of B / R images, and each of its W workers every W-th of them, from every R x W-th
+    shard. The order follows from (seed, epoch), R and W. Shards that are too few for an epoch are read again.
     """
 
     def __init__(self, urls, classes, args):
-        self.urls, self.classes, self.args, self.open = urls, classes, args, {}
+        self.urls, self.classes, self.args, self.next_place = urls, classes, args, None
         self.images, self.labels = None, torch.full((args.epoch_images,), -1)
         spread = distributed.is_available() and distributed.is_initialized()
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
         if len(urls) < self.ranks:
             raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
-        self.lanes = 1 << min(LANES, len(urls) // self.ranks).bit_length() - 1  # a power of two
+        workers = min(os.cpu_count(), 16) if args.workers is None else args.workers
+        self.workers = min(workers, len(urls) // self.ranks)
 
     def hash(self):
         """SHA-256 of the names of the shards: nobody reads them all for it."""
-        return hashlib.sha256("\n".join(map(file_name, self.urls)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(map(os.path.basename, self.urls)).encode()).hexdigest()
 
-    def samples(self, epoch, lane):
-        """The (Member, label) of a lane, without end: shards in random order, then shuffled within the window."""
+    def samples(self, epoch, worker, workers):
+        """The (Member, label) of a worker, without end: shards in random order, then shuffled within the window."""
         shuffle = import_optional("webdataset").shuffle
         rng = random.Random(seed_for("order", self.args.seed, epoch))
-        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * lane :: self.ranks * self.lanes]
+        urls = rng.sample(self.urls, len(self.urls))[self.rank + self.ranks * worker :: self.ranks * workers]
         while True:
-            yield from shuffle(WINDOW // self.lanes, rng=rng)(read_shards(urls, self.classes))
+            yield from shuffle(WINDOW // workers, rng=rng)(read_shards(urls, self.classes))
 
     def cut(self, indices, epoch, step):
         """(images (B, C, S, S) uint8, labels (B,)) of one step; `indices` only says how many there are."""
-        args, lane = self.args, step % self.lanes
-        at, samples = self.open.get(lane, (None, None))
-        if at != (epoch, step):  # the lane's first step here; what came before it is read, but not decoded
-            before = step // self.lanes * (args.batch_size // self.ranks)
-            samples = islice(self.samples(epoch, lane), before, None)
-        members, labels = zip(*islice(samples, max(1, len(indices) // self.ranks)))
-        self.open[lane] = (epoch, step + self.lanes), samples
+        args, workers = self.args, max(1, self.workers)
+        if self.next_place != (epoch, step):  # the first step here; what came before it is read, but not decoded
+            before = step // workers * (args.batch_size // self.ranks)
+            self.left = islice(self.samples(epoch, step % workers, workers), before, None)
+        self.next_place = epoch, step + workers
+        members, labels = zip(*islice(self.left, max(1, len(indices) // self.ranks)))
         sizes, files = torch.tensor([upright_size(member) for member in members]), np.array(members)[:, None]
         images = LargeImages(None, files, sizes, args.image_size, args.crop_pct, None, args.channels)
         crops = Crops(images, scale=args.scale, ratio=args.ratio or RATIO, seed=args.seed)
         return crops.cut(np.arange(len(members)), epoch, step * self.ranks + self.rank), torch.tensor(labels)
 
-    def by_workers(self, device):
-        """The same in worker processes: a function from keys, as that of crop_batches."""
-        workers = min(os.cpu_count(), LANES) if self.args.workers is None else self.args.workers
-        return batches_by_workers(self, device, 1 << workers.bit_length() >> 1)  # a power of two: a lane has one worker
-
 
 def read_webdataset(args):
-    """(class names, Shards, {"test" and "val": (images, labels, names)}, (N, C, S, S) uint8 of the first shard)."""
+    """(class names, Shards, {split: (images, labels, names)}), in which the training images are the FIRST ones."""
     urls, classes = find_shards(args.data_dir)
     crop = partial(centre_crop, crop_pct=args.crop_pct)
-    decode = partial(decode_images, size=args.image_size, decode=crop, channels=args.channels)
     splits = {}
-    for split in [split for split in ("test", "val") if urls[split]]:
-        images, labels, names = [], [], []
-        for url in urls[split]:  # one after the other: what is not decoded yet is small
-            members, some = zip(*read_shards([url], classes))
-            images.append(torch.from_numpy(decode(members)))
-            labels, names = labels + [*some], names + [*map(str, members)]
-        splits[split] = torch.cat(images), labels, names
-    first = [member for member, _ in islice(read_shards(urls["train"][:1], classes), SEEN_OF_SHARD)]
-    return classes, Shards(urls["train"], classes, args), splits, torch.from_numpy(decode(first))
-
-
-# ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
-
-def made_splits(
-    splits, classes, name, *, val_fraction=0.0, test_fraction=0.2, split_seed=0, group_by=None, folds=None, seed=0
-):
-    """{name: Split} with those that a dataset does not come with: test images out of "all", validation out of "train".
-
-    By split_seed, val_fraction of each class's training images is split off, and test_fraction of "all", or of so many
-    folds the one of number seed % folds. group_by is that of parts_of_images. Raises UserError if a split is left
-    without a class, or if a value has no effect.
-    """
-    if folds and "all" not in splits:
-        raise UserError(f"--folds {folds}: {name} has test images of its own; --folds needs class folders alone")
-    if group_by and "all" not in splits and not val_fraction:
-        raise UserError(f"--group-by {group_by}: {name} has test images of its own, and there is no --val-fraction")
-    divide = partial(split_by_class, classes=classes, group_by=group_by)
-    if "all" in splits:
-        share, flag = (folds, "--folds") if folds else (test_fraction, "--test-fraction")
-        parts = divide(splits["all"], share, seed=(split_seed, 0), flag=flag, part=seed % (folds or 1))
-        splits = dict(zip(("test", "train"), parts))
-    elif test_fraction != 0.2:  # not the default
-        print(f"warning: --test-fraction {test_fraction}: {name} has test images of its own", file=sys.stderr)
-    if val_fraction:
-        if "val" in splits:
-            raise UserError(f"--val-fraction {val_fraction}: {name} has validation images of its own")
-        parts = divide(splits["train"], val_fraction, seed=(split_seed, 1), flag="--val-fraction")
-        splits["val"], splits["train"] = parts
-    return splits
-
-
-def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
-    """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
-
-    If fraction is a whole number, the first is fold number `part` of so many. group_by is that of parts_of_images.
-    """
-    if group_by or fraction >= 1:
-        shares = [fraction, 1 - fraction] if fraction < 1 else [1 / fraction] * fraction
-        parts = parts_of_images(split, shares, classes, seed=seed, flag=f"{flag} {fraction}", group_by=group_by)
-        return split.pick(torch.from_numpy(parts == part)), split.pick(torch.from_numpy(parts != part))
-    rng = np.random.default_rng(seed)
-    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (split.labels == label).nonzero()[:, 0].numpy()
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise UserError(f"{flag} {fraction} leaves no training image of class {name}, which has {len(members)}")
-        chosen[rng.permutation(members)[:count]] = True
-    return split.pick(chosen), split.pick(~chosen)
-
-
-def group_numbers(names, group_by):
-    """(N,) int: files in which a regular expression finds the same text have one number, whatever their class.
-
-    The text is that of its first group in parentheses, or all that it matches if it has none. Raises UserError for an
-    expression that cannot be compiled, and for a file in which it finds nothing.
-    """
-    try:
-        found = [re.search(group_by, name) for name in map(str, names)]
-    except re.error as error:
-        raise UserError(f"--group-by {group_by}: not a regular expression ({error})") from error
-    texts = [match and match[min(1, match.re.groups)] for match in found]
-    if None in texts:
-        raise UserError(f"--group-by {group_by}: it finds nothing in {names[texts.index(None)]}")
-    return np.unique(texts, return_inverse=True)[1]
-
-
-def place_groups(counts, shares, rng):
-    """(G,) the part of each group, for counts (G, classes) of its images and the share of all images of each part.
-
-    One group after the other, the largest first and equal ones in random order, is placed where chi-square, the sum of
-    (images - expected)^2 / expected over parts and classes, then is least. A class with as many groups as parts is in
-    every part, if they can be separated.
-    """
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    parts, placed = np.empty(len(counts), int), np.zeros((len(shares), counts.shape[1]))
-    totals, left = counts.sum(0), (counts > 0).sum(0)  # (classes,): images, and groups that are not placed yet
-    for group in order:
-        more = counts[group]
-        growth = (2 * placed + more) * more / totals  # (parts, classes): chi-square's, times shares, and a constant
-        cost = (growth + 1e-9 * placed).sum(1) / shares  # (parts,): among equals, the smallest part
-        lacking = placed == 0
-        last_chance = (lacking & (more > 0) & (left <= lacking.sum(0))).any(1)
-        parts[group] = np.where(last_chance, cost - cost.max() - 1, cost).argmin()
-        placed[parts[group]] += more
-        left -= more > 0
-    return parts
-
-
-def parts_of_images(split, shares, classes, *, seed, flag, group_by=None):
-    """(N,) the part of each image of a Split, by place_groups; without group_by each image is a group.
-
-    Raises UserError if a part has no image of a class; flag is what asked for the parts, with its value.
-    """
-    labels, flag = split.labels.numpy(), flag + (f" with --group-by {group_by}" if group_by else "")
-    groups = group_numbers(split.names, group_by) if group_by else np.arange(len(labels))
-    counts = np.zeros((groups.max() + 1, len(classes)), int)
-    np.add.at(counts, (groups, labels), 1)
-    parts = place_groups(counts, np.array(shares), np.random.default_rng(seed))
-    for label, name in enumerate(classes):
-        if len({*parts[counts[:, label] > 0]}) < len(shares):
-            found = f"images: {counts[:, label].sum()}, groups: {(counts[:, label] > 0).sum()}"
-            raise UserError(f"{flag} leaves a split without class {name} ({found})")
-    return parts[groups]
+    for split, count in {"test": None, "val": None, "train": FIRST}.items():
+        if urls[split]:
+            members, labels = zip(*islice(read_shards(urls[split], classes), count))
+            images = torch.from_numpy(decode_images(members, args.image_size, crop, channels=args.channels))
+            splits[split] = images, torch.tensor(labels), np.array([*map(str, members)])
+    return classes, Shards(urls["train"], classes, args), splits
 
 
 # ---- pipeline/proposals.py: What a folder of photographs proposes for flags that are not given.
@@ -2459,8 +2425,7 @@ def load_dataset(
         for key, (p, y, n) in splits.items()
     }
     whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
-    if "all" in splits or how_to_split:
-        splits = made_splits(splits, classes, name, **how_to_split)
+    splits = made_splits(splits, classes, name, **how_to_split)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -2474,12 +2439,10 @@ def dataset_of(args, statistics=None):
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
     if args.dataset == "webdataset":
-        classes, train, splits, seen = read_webdataset(args)
-        splits = {key: Split(images, torch.tensor(y), np.array(names)) for key, (images, y, names) in splits.items()}
-        statistics = statistics or channel_statistics(seen)
-        return Dataset(
-            args.dataset_name or "webdataset", classes, train, splits.get("val"), splits["test"], *statistics
-        )
+        classes, shards, splits = read_webdataset(args)
+        splits = {key: Split(*parts) for key, parts in splits.items()}
+        mean, std = statistics or channel_statistics(splits["train"].images)
+        return Dataset(args.dataset_name or args.dataset, classes, shards, splits.get("val"), splits["test"], mean, std)
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
     names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
@@ -3077,11 +3040,11 @@ def as_epoch_and_count(text):
 
 
 def epoch_and_count(text):
-    """A flag's type: a value of --accumulate, as EPOCH:K."""
+    """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text)
     if epoch < 0 or count < 1:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
-    return f"{epoch}:{count}"
+    return f"{epoch}:{count}" if epoch else str(count)
 
 
 def at_least(low, kind=int):
@@ -3272,7 +3235,7 @@ def add_optimizer_flags(group):
     add("--weight-decay", type=at_least(0, float), metavar="W", help="raise it if the model overfits")
     add("--decay-all", action=argparse.BooleanOptionalAction, help="also decay biases, normalisation and embeddings")
     help_text = "batches per update of the weights: K, or by epoch from 0, as 0:8 10:4; saves memory"
-    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["0:1"], help=help_text)
+    add("--accumulate", type=epoch_and_count, nargs="+", metavar="K", default=["1"], help=help_text)
     help_text = "auto scales the recipe's --lr to the batch: linearly for sgd, by the square root for the others"
     add("--lr-scale", choices=("none", "auto"), default="none", help=help_text)
     help_text = "skip an epoch's last batch if it is not full: BatchNorm suffers from a small one"
@@ -4634,12 +4597,7 @@ def make_average(model, args):
 
 # ---- training/loggers.py: What --log and --log-steps write beside log.csv: steps.csv, and the logs of TensorBoard, W&B and trackio.
 
-STEP_COLUMNS = "epoch,step,lr,loss\n"  # of steps.csv
-LOGGERS = {  # {--log: the module, and what pip installs for it}
-    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # of --log
 
 
 class TensorBoard:
@@ -4657,7 +4615,7 @@ class TensorBoard:
 
 
 def open_logger(name, module, run):
-    """The log of a run, new or resumed, in one of LOGGERS: an object with log(values, step=...) and finish()."""
+    """The log of a run, new or resumed, in one of MODULES: an object with log(values, step=...) and finish()."""
     if name == "tensorboard":
         return TensorBoard(module, run)
     # trackio resumes by the name, W&B by the id; embed would show trackio's page in a notebook, on Colab publicly
@@ -4670,7 +4628,7 @@ def cut_steps(path, *position):
     """Make steps.csv, or cut it to a position: finished epochs, and steps of the epoch in progress."""
     rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
     kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
-    write_atomically(path, lambda file: file.write("".join([STEP_COLUMNS, *kept]).encode()))
+    write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
 
 
 class RunLog:
@@ -4683,7 +4641,7 @@ class RunLog:
 
     def __init__(self, run):
         self.run, self.noted, self.unsent, self.loggers = run, [], [], {}
-        self.modules = {name: import_optional(*LOGGERS[name]) for name in run.args.log}
+        self.modules = {name: import_optional(MODULES[name], name) for name in run.args.log}
         elsewhere = [name for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if name in os.environ]
         if "trackio" in self.modules and elsewhere:
             raise UserError(f"--log trackio logs on this machine alone: unset {elsewhere[0]}")
@@ -4708,12 +4666,12 @@ class RunLog:
         """Wait for the device; append the noted steps to steps.csv."""
         if not self.noted:
             return
-        epoch, lines = self.run.epoch + 1, []
+        path, epoch, lines = self.run.folder / "steps.csv", self.run.epoch + 1, []
         losses = torch.stack([loss for *_, loss in self.noted]).tolist()
         for (done, step, lr, _), loss in zip(self.noted, losses, strict=True):
             lines.append(f"{epoch},{step},{lr},{loss}\n")
             self.unsent.append((done, {"epoch": epoch, "step_lr": lr, "step_loss": loss}))
-        path, self.noted = self.run.folder / "steps.csv", []
+        self.noted = []
         try:
             with open(path, "a") as file:
                 file.writelines(lines)
@@ -4799,7 +4757,7 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
-        if self.args.log or self.args.log_steps:
+        if (self.args.log or self.args.log_steps) and is_first_rank():
             self.log = RunLog(self)
         prepare_folder(self.folder, resuming=checkpoint is not None)
         if self.log:
