@@ -169,7 +169,6 @@ def start_from_trunk(model, args, checkpoint):
 
     Returns (mean, std) of the images that the trunk was trained on; None if they are not known.
     """
-    check_start(args)
     statistics = None
     if args.init_from:
         statistics = start_from_weights(args.init_from, partial(load_trunk, model), checkpoint)
@@ -189,6 +188,7 @@ def main(argv=None):
     args, checkpoint = start.args, start.checkpoint
     if args is None:  # nothing to train: --help, or the run is finished
         return start.result
+    check_start(args)
     precision = Precision(args.amp, pick_device(args.device), deterministic=args.deterministic)
     device = precision.device
     print_header(args, precision)
