@@ -3182,7 +3182,7 @@ def add_data_flags(group, datasets):
     add("--channels", type=int, choices=(1, 3), default=3, metavar="N", help="1 reads a folder in grey, 3 in colour")
     help_text = "side of the square cut from the centre of a large test image, as a share of its short side"
     add("--crop-pct", type=number(above=0, high=1), metavar="F", default=0.875, help=help_text)
-    help_text = "validate on this share of the training images, and test only once"
+    help_text = "validate on this share of training images; test at the end"
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
