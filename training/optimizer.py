@@ -166,6 +166,11 @@ class ThenConstant:
         self.get_last_lr = schedule.get_last_lr
         self.state_dict, self.load_state_dict = schedule.state_dict, schedule.load_state_dict
 
+    @property
+    def last_epoch(self):
+        """The number of steps, as torch's schedules call it."""
+        return self.schedule.last_epoch
+
     def step(self):
         if self.schedule.last_epoch < self.start:
             self.schedule.step()

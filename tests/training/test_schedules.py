@@ -75,7 +75,7 @@ def test_whole_sequence_equals_the_closed_form_also_across_a_resume(case):
     expected = [closed_form(step) for step in range(total)]
     assert rates(*optimizer_and_schedule(name, **options), total) == pytest.approx(expected, abs=1e-12)
 
-    for stop in (1, 3 * STEPS - 1, 3 * STEPS, 3 * STEPS + 1):
+    for stop in (1, 3 * STEPS - 1, 3 * STEPS, 3 * STEPS + 1, 12 * STEPS):
         optimizer, schedule = optimizer_and_schedule(name, **options)
         before = rates(optimizer, schedule, stop)
         saved = optimizer.state_dict(), {k: v for k, v in schedule.state_dict().items() if k != "milestones"}
@@ -83,6 +83,7 @@ def test_whole_sequence_equals_the_closed_form_also_across_a_resume(case):
         optimizer.load_state_dict(saved[0])
         schedule.load_state_dict(saved[1])
         assert before + rates(optimizer, schedule, total - stop) == pytest.approx(expected, abs=1e-12)
+        assert schedule.last_epoch == total  # the loggers count by it
 
 
 def test_momentum_goes_down_and_up_against_the_one_cycle():
