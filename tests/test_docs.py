@@ -177,6 +177,7 @@ def test_flags_exist():
         "--no-cache-dir",
         "--upgrade",
         "--max-restarts",
+        "--nproc-per-node",
     }
     training = [script_parser(script) for script in TRAINING]
     assert {action.dest for parser in training for action in parser._actions} >= ESSENTIAL
