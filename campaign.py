@@ -112,6 +112,8 @@ def main(argv=None):
     """Do the missing runs of the plans; raises UserError at the end if any of them failed."""
     began = time.monotonic()
     args = campaign_parser().parse_args(argv)
+    if args.trials != 20 and args.tune is None:
+        raise UserError(f"--trials {args.trials} needs --tune")
     if not args.engine and args.engine_options:
         raise UserError(f"--engine-options needs --engine {' or '.join(ENGINES)}")
     modes = [f"--{name}" for name in ("list", "dry", "tune", "engine") if getattr(args, name) not in (None, False)]

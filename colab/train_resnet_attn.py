@@ -3503,7 +3503,7 @@ def add_run_flags(group):
     add("--profile", action="store_true", help="also write where the time of ten steps goes")
 
 
-# ---- training/optimizer.py: The loss, optimisers, learning-rate schedules (stepped once per optimiser step), the average of the weights.
+# ---- training/optimizer.py: The loss, optimisers, and learning-rate schedules, which count batches.
 
 def make_loss(args, dataset, device):
     """The loss that the flags ask for, as a function of logits (B, classes) and labels (B,) or (B, classes).
@@ -4812,10 +4812,8 @@ class WeightAverage:
     def load(self, weights, *, epoch, step):
         """Go back to an average's weights (a state dict) after `epoch` epochs and `step` steps."""
         self.averaged.module.load_state_dict(weights)
-        count = (
-            epoch - self.first_epoch if self.kind == "swa" else epoch + step
-        )  # of an EMA, only whether it is 0 matters
-        self.averaged.n_averaged.fill_(count)
+        # of an EMA, only whether the count is 0 matters
+        self.averaged.n_averaged.fill_(epoch - self.first_epoch if self.kind == "swa" else epoch + step)
 
 
 def make_average(model, args):

@@ -1,6 +1,7 @@
 """Engines: a plan's runs on a cluster, by submitit (SLURM) or Ray. campaign.py remains the ledger."""
 
 import contextlib
+import argparse
 import json
 import math
 import os
@@ -19,7 +20,10 @@ TRIES = 50  # how often a run is resumed after a time limit, a preemption or the
 
 def key_values(text):
     """A flag's type: "key=value key=value" as a dict, with numbers where they are numbers."""
-    options = dict(word.split("=", 1) for word in shlex.split(text))
+    words = shlex.split(text)
+    if wrong := [word for word in words if "=" not in word]:
+        raise argparse.ArgumentTypeError(f"must be key=value, as num_gpus=1, not {wrong[0]}")
+    options = dict(word.split("=", 1) for word in words)
     return {key: json.loads(value) if value.replace(".", "").isdecimal() else value for key, value in options.items()}
 
 

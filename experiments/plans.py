@@ -190,11 +190,5 @@ def plan_pairs(plan, found):
     """
     groups = {row.name: Group(row.name, list(found[row.name].values()), row.published) for row in plan.rows}
     starts = {row.name: row.init_from for row in plan.rows}
-    return [
-        (
-            groups[row.name],
-            groups.get(row.against),
-            plan.paired or (bool(row.init_from) and starts.get(row.against) == row.init_from),
-        )
-        for row in plan.rows
-    ]
+    same_trunk = {row.name: bool(row.init_from) and starts.get(row.against) == row.init_from for row in plan.rows}
+    return [(groups[row.name], groups.get(row.against), plan.paired or same_trunk[row.name]) for row in plan.rows]

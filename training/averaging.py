@@ -40,10 +40,8 @@ class WeightAverage:
     def load(self, weights, *, epoch, step):
         """Go back to an average's weights (a state dict) after `epoch` epochs and `step` steps."""
         self.averaged.module.load_state_dict(weights)
-        count = (
-            epoch - self.first_epoch if self.kind == "swa" else epoch + step
-        )  # of an EMA, only whether it is 0 matters
-        self.averaged.n_averaged.fill_(count)
+        # of an EMA, only whether the count is 0 matters
+        self.averaged.n_averaged.fill_(epoch - self.first_epoch if self.kind == "swa" else epoch + step)
 
 
 def make_average(model, args):

@@ -1,4 +1,4 @@
-"""The loss, optimisers, learning-rate schedules (stepped once per optimiser step), the average of the weights."""
+"""The loss, optimisers, and learning-rate schedules, which count batches."""
 
 import math
 from functools import partial

@@ -147,7 +147,7 @@ MISTAKES = {
     "--list and --engine exclude each other": ("ray", "--list"),
     "--dry and --engine exclude each other": ("submitit", "--dry"),
     "argument --engine: invalid choice: 'slurm'": ("slurm",),
-    "argument --engine-options: invalid key_values value: 'gpu'": ("ray", "--engine-options", "gpu"),
+    "argument --engine-options: must be key=value, as num_gpus=1, not gpu": ("ray", "--engine-options", "gpu"),
     "this needs a package that is not installed: pip install submitit": ("submitit",),
     "this needs a package that is not installed: pip install ray": ("ray",),
 }
