@@ -53,6 +53,7 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
+    extra: Split | None = None  # with --extra-data: generated images that training mixes in
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -64,8 +65,8 @@ class Dataset(NamedTuple):
         return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
 
     def splits(self):
-        """{"train", "val" if there is one, "test": Split}."""
-        return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
+        """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
+        return {key: split for key in ("train", "val", "test", "extra") if (split := getattr(self, key))}
 
 
 def count_classes(name, data_dir):
@@ -95,15 +96,17 @@ def load_dataset(
     crop_pct=CROP_PCT,
     cache_dir=None,
     dataset_name=None,
+    train_per_class=None,
     **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
-    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
-    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits; of what is left for training, train_per_class images of each
+    class are kept. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If is_large,
+    the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises UserError if
+    images are missing or cannot be read.
     """
-    from pipeline.splits import made_splits  # only if images are loaded
+    from pipeline.splits import made_splits, some_of_each_class  # only if images are loaded
 
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -128,6 +131,9 @@ def load_dataset(
     }
     whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
     splits = made_splits(splits, classes, name, **how_to_split)
+    if train_per_class:
+        seed = how_to_split.get("split_seed", 0), 2
+        splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -148,11 +154,16 @@ def dataset_of(args, statistics=None):
         mean, std = statistics or channel_statistics(splits["train"].images)
         return Dataset(args.dataset_name or args.dataset, classes, shards, splits.get("val"), splits["test"], mean, std)
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
-    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed", "train_per_class")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
         dataset = dataset.learnt_by_heart(args.overfit)
+    if getattr(args, "extra_data", None):
+        from pipeline.extra import read_extra  # only if it is asked for
+
+        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
+        dataset = dataset._replace(extra=Split(*extra))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing")
+PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing", "validation", "samples", "extra")
 
 
 def seed_for(purpose, *numbers):

@@ -90,6 +90,7 @@ def group_runs(runs, *, by_name=True):
         args = {k: value for k, value in run.result["args"].items() if flag_kind(k) == "run" and k != "seed"}
         what = [run.result[key] for key in ("script", "params", "dataset_name", "data_hash")]
         what += [run.name if by_name else None, re.sub(r"-seed-\d+$", "", run.result.get("init_from") or "")]
+        what += [(run.result.get("extra") or {}).get("hash")]
         group = groups.setdefault(json.dumps([args, what], sort_keys=True), Group(run.name, []))
         if same := [other.path for other in group.runs if run.result["seed"] == other.result["seed"]]:
             warn(f"{run.path} is left out: {same[0]} has the same arguments and seed")

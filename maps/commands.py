@@ -1,6 +1,5 @@
 """What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
 from training.flags import Parser
 from training.values import at_least, number
+from training.weights import weights_hash
 
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
@@ -66,13 +66,13 @@ def chosen_methods(args, methods, *, default):
     return tuple(methods) if name == "all" else (name,)
 
 
-def open_model(args):
-    """(checkpoint, its model on the device), as the flags of checkpoint_parser say."""
+def open_model(args, *, generates=False):
+    """(checkpoint, its model on the device), as the flags of checkpoint_parser say; one that `generates`, or not."""
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
-    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
+    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention, generates=generates).to(device)
 
 
 def open_for_maps(args):
@@ -90,14 +90,6 @@ def open_for_maps(args):
 def output_folder(args):
     """--out, or maps/ beside the checkpoint. Raises UserError if it cannot be written."""
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
-
-
-def weights_hash(model):
-    """SHA-256 of a model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, values in model.state_dict().items():
-        digest.update(name.encode() + values.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def scores_text(table):

@@ -27,7 +27,7 @@ class Explained(NamedTuple):
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
-    places = {name: path for name, path in places.items() if path}
+    places = {name: path for name, path in places.items() if path} | {"extra_data": None}
     return dataset_of(SimpleNamespace(**checkpoint["args"] | places))
 
 

@@ -31,6 +31,11 @@ def model_family(name):
         from models.resnet import RESNETS
 
         return RESNETS
+    if name in ("acgan", "ddpm"):
+        from models.acgan import Acgan
+        from models.ddpm import Ddpm
+
+        return {"acgan": Acgan, "ddpm": Ddpm}
     if name.startswith("xresnet"):
         from models.xresnet import XRESNETS
 

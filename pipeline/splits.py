@@ -38,6 +38,17 @@ def made_splits(
     return splits
 
 
+def some_of_each_class(split, classes, count, *, seed):
+    """`count` images of each class of a Split. Raises UserError for a class that has fewer."""
+    rng, labels, kept = np.random.default_rng(seed), split.labels.numpy(), []
+    for label, name in enumerate(classes):
+        members = rng.permutation((labels == label).nonzero()[0])
+        if len(members) < count:
+            raise UserError(f"--train-per-class {count}: class {name} has {len(members)} training images")
+        kept += members[:count].tolist()
+    return split.pick(torch.tensor(sorted(kept)))
+
+
 def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
     """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
 

@@ -13,6 +13,7 @@ import torch
 from conftest import REPOSITORY, write_images
 
 import compare
+import generate
 from experiments.plans import read_plan
 from experiments.scripts import script_parser
 from models import build_model
@@ -41,6 +42,8 @@ def made_small(script, argv):
     if "--resume" in argv and "auto" not in argv:
         return [*argv, "--device", "cpu"]
     small = ["--epochs", "1", "--batch-size", "32", *FOLDER.split()]
+    if script == "train_generator.py":
+        small += ["--width", "8", "--image-size", "16"] + ([] if "acgan" in argv else ["--noise-steps", "8"])
     if script == "train_vit.py" and "vit_b_16" not in argv:
         small += ["--embed-dim", "16", "--depth", "1", "--patch-size", "8"]
         small += [] if "identity" in argv or "depthwise" in argv else ["--num-heads", "2"]
@@ -74,9 +77,11 @@ def workspace(tmp_path_factory):
         patch.chdir(folder)
         for name in sorted(used):
             script = next((s for s in TRAINING if name.startswith(s[6:9])), "train_vit.py")
+            script = "train_generator.py" if name in ("acgan", "ddpm") else script
             own = ["--attention", "my_block.py:CosineAttention"] if name == "cosine" else []
             argv = made_small(script, ["--run-name", name, *own])
             importlib.import_module(script[:-3]).main(argv)
+        generate.main(["checkpoints/ddpm", "--per-class", "4", "--out", "generated", "--device", "cpu"])
     return folder
 
 
@@ -98,10 +103,14 @@ def test_commands_run(command, inside, monkeypatch):
     main = importlib.import_module(script.removesuffix(".py")).main
     if "--log" in argv:
         pytest.importorskip(argv[argv.index("--log") + 1])
-    if script in TRAINING and not {"--help", "--help-all"} & set(argv):
+    if script in (*TRAINING, "train_generator.py") and not {"--help", "--help-all"} & set(argv):
         if "--run-name" in argv and "auto" not in argv:
             argv += ["--overwrite"]
         argv = made_small(script, argv)
+    elif script == "generate.py":
+        argv += ["--device", "cpu", "--per-class", "4"]
+        if "--classifier" in argv:
+            pytest.importorskip("torchmetrics")
     elif script == "predict.py":
         if "--corruptions" in argv:
             pytest.importorskip("imagecorruptions")
@@ -168,6 +177,7 @@ def test_the_task_for_skypilot_is_yaml_and_runs_commands_of_this_page():
 def test_flags_exist():
     scripts = [*TRAINING, "rollout.py", "benchmarks.train"]
     others = {"attribute.py": "attribute_parser", "campaign.py": "campaign_parser", "compare.py": "compare_parser"}
+    others |= {"train_generator.py": "generator_parser", "generate.py": "generate_parser"}
     others |= {"export.py": "export_parser", "predict.py": "predict_parser", "demo.py": "demo_parser"}
     parsers = [script_parser(script) for script in scripts]
     parsers += [getattr(importlib.import_module(name[:-3]), parser)() for name, parser in others.items()]

@@ -27,9 +27,12 @@ EFFECT_CONDITIONS = {
     "test_fraction": (lambda args: args.dataset == "folder" and not args.folds, "--dataset folder, without --folds"),
     **dict.fromkeys(("folds", "group_by"), (lambda args: args.dataset == "folder", "--dataset folder")),
     "channels": (lambda args: args.dataset in ("folder", "webdataset") or args.channels == 3, "--dataset folder"),
+    "extra_fraction": (lambda args: args.extra_data, "--extra-data"),
+    "label_drop": (lambda args: args.model == "ddpm", "--model ddpm"),
+    "gan_loss": (lambda args: args.model == "acgan", "--model acgan"),
     "epoch_images": (lambda args: args.dataset == "webdataset", "--dataset webdataset"),
     **dict.fromkeys(
-        ("overfit", "val_fraction", "class_weights"),
+        ("overfit", "val_fraction", "class_weights", "extra_data", "train_per_class"),
         (lambda args: args.dataset != "webdataset", "images that are not in shards"),
     ),
     **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
@@ -196,7 +199,7 @@ def resumed_arguments(parser, given, checkpoint, folder):
         if flag_kind(name) == "run" and saved[name] != value
     ]
     if different:
-        if "epochs" in given:
+        if "epochs" in given and "init_from" in saved:
             different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})

@@ -150,11 +150,12 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model, *, attention=None):
+def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
     An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
-    it is not known here, or if the weights do not fit it.
+    it is not known here, if it generates images and `generates` is false, or the other way round, or if the weights do
+    not fit it.
     """
     from training.own import with_own_class  # training alone does not need it
 
@@ -165,6 +166,9 @@ def rebuild_model(checkpoint, build_model, *, attention=None):
         except UserError as error:
             advice = "docs/extending.md says how to add a block of your own"
             raise UserError(f"the checkpoint's model cannot be built here: {error}; {advice}") from error
+        if hasattr(model, "generate") != generates:
+            what = "classifies images: use predict.py" if generates else "generates images: use generate.py"
+            raise UserError(f"{checkpoint['model']} {what}")
         model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
@@ -178,7 +182,7 @@ def check_same_images(checkpoint, run):
     if not isinstance(then, dict):  # an older checkpoint: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
-    names = {"train": "training", "val": "validation", "test": "test"}
+    names = {"train": "training", "val": "validation", "test": "test", "extra": "extra"}
     if changed := [name for key, name in names.items() if then.get(key) != now.get(key)]:
         raise UserError(f"the {changed[0]} images are not those of the run to resume: an image or its class is another")
 

@@ -182,8 +182,8 @@ def compiled_forward(model, args, *, device, num_images):
         return torch.compile(model)
     compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    def forward(images):
-        return (compiled if len(images) == args.batch_size else model)(images)
+    def forward(images, *others):
+        return (compiled if len(images) == args.batch_size else model)(images, *others)
 
     return forward
 
@@ -217,7 +217,7 @@ def memory_error(error, run):
         took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
         took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
         with contextlib.suppress(torch.OutOfMemoryError):
-            if size := largest_batch(run):
+            if not hasattr(run.model, "generate") and (size := largest_batch(run)):
                 fits = f"; {size} should fit"
     kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
     patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"

@@ -19,7 +19,9 @@ ESSENTIAL = {
 # What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
-    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(
+        ("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "sample_epochs", "init_from"), "place"
+    ),
     **dict.fromkeys(("log", "log_steps"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
@@ -60,6 +62,14 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
+    def leave_out(self, *names):
+        """Take flags away that have no effect in this script; their defaults remain."""
+        for action in [action for action in self._actions if action.dest in names]:
+            self.set_defaults(**{action.dest: action.default})
+            action.container._remove_action(action)
+            for option in action.option_strings:
+                del self._option_string_actions[option]
+
     def check_values(self, values):
         """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []
@@ -69,6 +79,7 @@ class Parser(argparse.ArgumentParser):
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
                 text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                text = "none" if text is None else text  # --clip-grad none
                 argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
@@ -121,6 +132,7 @@ def add_data_flags(group, datasets):
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--train-per-class", type=at_least(1), metavar="N", help="train on only N images per class")
     add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
     add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
     add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
@@ -147,6 +159,8 @@ def add_augmentation_flags(group, policies):
     add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help="blend pairs of images, in long runs")
     help_text = "paste a box of another image; with --mixup, one or the other for each batch"
     add("--cutmix", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+    add("--extra-data", metavar="DIR", help="class folders of generated images (see generate.py) to mix in")
+    add("--extra-fraction", type=number(above=0, high=1), metavar="F", default=0.5, help="their share of each batch")
 
 
 def add_optimizer_flags(group):

@@ -15,7 +15,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
     *("model.onnx", "model.pt2", "model.safetensors"),
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, "curves.png", "predictions.npz", "split.csv", "result.json")
+FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
 
 
 def choose_folder(given, *, default_name, default_dir):

@@ -36,8 +36,9 @@ def new_sums(device):
 
 
 def loss_and_accuracy(sums):
-    """The means per image, as floats: waits for the device."""
-    return sums["loss"].item() / sums["images"], sums["correct"].item() / sums["images"]
+    """The means per image, as floats, the accuracy None if the loss has no such thing: waits for the device."""
+    loss, accuracy = (sums[name].item() / sums["images"] for name in ("loss", "correct"))
+    return loss, None if accuracy < 0 else accuracy
 
 
 def train_one_epoch(
@@ -60,9 +61,9 @@ def train_one_epoch(
 ):
     """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
 
-    forward(images) gives the logits, in place of the model itself, if it is compiled or shared (see compiled_forward).
-    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, by the gradient of
-    so many batches (see batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
+    forward stands in place of the model itself, if it is compiled or shared (see compiled_forward). loss_function is
+    called as classification_loss is. A step is one update of the weights, by the gradient of so many batches (see
+    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
     average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
     epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
     """
@@ -74,11 +75,10 @@ def train_one_epoch(
         for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
             torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
             with precision.autocast():
-                logits = forward(images)  # (B, classes)
-                loss = loss_function(logits, labels)  # ()
+                loss, correct = loss_function(forward, images, labels)  # () and (), as classification_loss
             scaler.scale(loss * weight).backward()
             if weight:  # without: an image in place of none, see shared_steps
-                add_batch(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
+                add_batch(sums, loss.detach(), correct, count=len(labels), lr=schedule.get_last_lr()[0])
             sums["step"] += 1
         if clip_grad or clip_value:
             scaler.unscale_(optimizer)
@@ -96,13 +96,22 @@ def train_one_epoch(
             break
 
 
-def add_batch(sums, loss, logits, labels, *, lr):
-    """Add one batch to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
-    sums["loss"] += loss * len(labels)
-    sums["last_loss"] = loss
+def classification_loss(forward, images, labels, *, criterion):
+    """(the mean loss of a batch (), the number of correct images (); None from a loss that has no such thing).
+
+    criterion(logits, labels) gives that mean for labels (B,), or (B, classes) if images are mixed.
+    """
+    logits = forward(images)  # (B, classes)
     hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
-    sums["correct"] += (logits.argmax(1) == hard_labels).sum()
-    sums["images"] += len(labels)
+    return criterion(logits, labels), (logits.argmax(1) == hard_labels).sum()
+
+
+def add_batch(sums, loss, correct, *, count, lr):
+    """Add one batch of `count` images to sums: its mean loss (), its correct images () and its learning rate."""
+    sums["loss"] += loss * count
+    sums["last_loss"] = loss
+    sums["correct"] += -count if correct is None else correct  # below zero: the loss has no such thing
+    sums["images"] += count
     first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
     sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
     sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])

@@ -9,19 +9,22 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 
 from errors import UserError
+from training.loop import classification_loss
 
 
 def make_loss(args, dataset, device):
-    """The loss that the flags ask for, as a function of logits (B, classes) and labels (B,) or (B, classes).
+    """The classification_loss that the flags ask for.
 
     With --class-weights balanced, an image counts N / (classes x images of its class), of the N training images.
     """
     if args.class_weights == "none":
-        return partial(cross_entropy, label_smoothing=args.smoothing)
+        criterion = partial(cross_entropy, label_smoothing=args.smoothing)
+        return partial(classification_loss, criterion=criterion)
     labels = dataset.train.labels
     counts = labels.bincount(minlength=len(dataset.classes)).clamp(min=1)  # --overfit may leave a class out
     weights = (len(labels) / (len(counts) * counts)).to(device)
-    return partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+    criterion = partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+    return partial(classification_loss, criterion=criterion)
 
 
 def weighted_cross_entropy(logits, labels, *, weights, smoothing):

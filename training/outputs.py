@@ -74,7 +74,7 @@ def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))
     splits = "   ".join(
-        f"{split} {row[f'{split}_loss']:.4f} {row[f'{split}_accuracy']:7.2%}"
+        f"{split} {row[f'{split}_loss']:.4f}" + ("" if (a := row[f"{split}_accuracy"]) is None else f" {a:7.2%}")
         for split in ("train", "val", "test")
         if row[f"{split}_loss"] is not None
     )
@@ -83,7 +83,9 @@ def epoch_line(row, epochs):
 
 
 def accuracy_text(result):
-    """The accuracy of a finished run, or with --overfit how many images it learnt."""
+    """The accuracy of a finished run, or with --overfit how many images it learnt; of a generator, its loss."""
+    if "test_accuracy" not in result:
+        return f"training loss {result['train_loss']:.4f} after epoch {result['epochs']}"
     if not (count := result["args"].get("overfit")):
         accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
         differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
@@ -116,10 +118,12 @@ def draw_curves(path, history, args):
     other = {"train_loss": f"training loss{how}"} if how else {}
     other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
     panels = [([name], label) for name, label in other.items()]
-    for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
-        panels.append(([f"{split}_{quantity}" for split in ("train", "val", "test")], label))
+    generates = "noise_steps" in vars(args)
+    for quantity, label in (("loss", "loss" if generates else "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
+        names = [f"{split}_{quantity}" for split in ("train", "val", "test")]
+        panels += [(names, label)] if any(history[-1][name] is not None for name in names) else []
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axes, (names, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (names, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in (n for n in names if history[-1][n] is not None and (n not in other or names == [n])):
             split, _, quantity = name.partition("_")
             values = [row[name] * (100 if quantity == "accuracy" else 1) for row in history]
@@ -177,14 +181,9 @@ def balanced_accuracy(logits, labels):
     return statistics.fmean(correct[labels == label].double().mean().item() for label in labels.unique())
 
 
-def write_result(run, logits, *, test_accuracy, raw, at_best_val):
-    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
-
-    logits (N, classes) are those of the test images; raw is the test accuracy of the weights themselves, if averaged
-    ones are evaluated.
-    """
+def write_result(run, **measured):
+    """Write result.json: how a run was made, and what was measured; accuracies are fractions. Returns it as a dict."""
     args, history, dataset = vars(run.args), run.history, run.dataset
-    on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     commit, clean = git_commit(run.script)
     result = {
         "script": run.script,
@@ -198,17 +197,14 @@ def write_result(run, logits, *, test_accuracy, raw, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
+        "extra": run.extra_record,
         "data_hash": dataset.whole_hash or run.data_hashes["train"],  # folds of one set of images are one group
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],
-        "test_accuracy": test_accuracy,
-        "test_balanced_accuracy": balanced_accuracy(logits, dataset.test.labels),
         "val_accuracy": history[-1]["val_accuracy"],
-        "test_accuracy_at_best_val": at_best_val,
-        "best_on_test": max(on_test, default=None),
-        "raw_test_accuracy": raw,
-        "weights": "raw" if raw is None else run.average.kind,
+        **measured,
+        "weights": "raw" if run.evaluated_model is run.model else run.average.kind,
         "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,
         "seconds": sum(row["seconds"] for row in history),

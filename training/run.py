@@ -24,6 +24,7 @@ from training.loop import loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
     accuracy_text,
+    balanced_accuracy,
     draw_curves,
     epoch_line,
     write_log,
@@ -54,6 +55,11 @@ class Run:
         self.average = make_average(model, self.args)
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
+        self.extra_record = None  # with --extra-data, where its images are from
+        if dataset.extra:
+            from training.generating import generator_record  # only if it is asked for
+
+            self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
         self.unwritten = {}  # checkpoints by the names of their files
@@ -195,7 +201,15 @@ class Run:
             best = open_checkpoint(folder / "best.pt", self.device)
             load_weights(model, evaluated_weights(best), sharded=self.args.fsdp)
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(self, logits, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val)
+        on_test = [row["test_accuracy"] for row in self.history if row["test_accuracy"] is not None]
+        result = write_result(
+            self,
+            test_accuracy=test_accuracy,
+            test_balanced_accuracy=balanced_accuracy(logits, self.dataset.test.labels),
+            test_accuracy_at_best_val=at_best_val,
+            best_on_test=max(on_test, default=None),
+            raw_test_accuracy=raw,
+        )
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the last weights, without averaging")

@@ -1,5 +1,6 @@
 """The weights that a run starts from: of another run, or of a file that another program wrote."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -41,3 +42,11 @@ def print_taken(source, weights, left_out):
     parts = Counter(name.removeprefix("module.").split(".")[0] for name in weights)
     taken = ", ".join(f"{part} {count}" for part, count in parts.items())
     print(f"weights of {source}; left out: {', '.join(left_out) or 'nothing'}; tensors in it: {taken}")
+
+
+def weights_hash(model):
+    """SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(name.encode() + values.cpu().numpy().tobytes())
+    return digest.hexdigest()

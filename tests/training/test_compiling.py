@@ -29,13 +29,14 @@ def flags(choice, epochs=1):
 def test_auto_compiles_long_runs_on_a_gpu(monkeypatch, choice, device, epochs, compiles):
     monkeypatch.setattr(devices.torch, "zeros", lambda *size, device: None)
     asked = []
-    monkeypatch.setattr(devices.torch, "compile", lambda f, **mode: asked.append(mode) or (lambda x: "compiled"))
+    monkeypatch.setattr(devices.torch, "compile", lambda f, **mode: asked.append(mode) or (lambda x, *more: "compiled"))
     model = nn.Linear(2, 2)
     forward = compiled_forward(model, flags(choice, epochs), device=device, num_images=LONG // 100)
     assert (forward is not model) == compiles
     if compiles:
         assert asked[1] == {"mode": "reduce-overhead" if device == CUDA else None}
         assert forward(torch.ones(4, 2)) == "compiled" and isinstance(forward(torch.ones(3, 2)), torch.Tensor)
+        assert forward(torch.ones(4, 2), 1, 2) == "compiled"  # a generator takes times and classes as well
 
 
 def test_without_a_compiler_it_goes_on_without(monkeypatch, capsys):

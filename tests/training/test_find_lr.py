@@ -15,7 +15,7 @@ import train_vit
 from errors import UserError
 from training.device import Precision
 from training.find_lr import DECADE, LOWEST, SWEEP, find_lr, smooth, steepest, sweep
-from training.loop import train_one_epoch
+from training.loop import classification_loss, train_one_epoch
 from training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
@@ -29,7 +29,8 @@ def few_batches(*batches):
 def sweepable(model, optimizer, batches, loss_function, amp="off"):
     """(run, train_epoch) as find_lr takes them."""
     run = SimpleNamespace(model=model, optimizer=optimizer, precision=Precision(amp, CPU), device=CPU)
-    fixed = {"model": model, "batches": batches, "loss_function": loss_function, "optimizer": optimizer}
+    loss = partial(classification_loss, criterion=loss_function)
+    fixed = {"model": model, "batches": batches, "loss_function": loss, "optimizer": optimizer}
     return run, partial(train_one_epoch, **fixed, precision=run.precision, seed=0)
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.device import Precision
-from training.loop import batches_per_step, loss_and_accuracy, new_sums, train_one_epoch, validate
+from training.loop import batches_per_step, classification_loss, loss_and_accuracy, new_sums, train_one_epoch, validate
 from training.optimizer import cosine_schedule
 
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def train(
     train_one_epoch(
         model=model,
         batches=batches,
-        loss_function=cross_entropy,
+        loss_function=partial(classification_loss, criterion=cross_entropy),
         optimizer=optimizer,
         schedule=schedule,
         precision=Precision(amp, CPU),

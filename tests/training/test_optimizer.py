@@ -15,7 +15,8 @@ SMALL = {"image_size": 16, "num_classes": 3}
 
 def loss_of(labels, *, class_weights="balanced", smoothing=0.0, classes=4):
     dataset = SimpleNamespace(train=SimpleNamespace(labels=torch.tensor(labels)), classes=[*range(classes)])
-    return make_loss(SimpleNamespace(class_weights=class_weights, smoothing=smoothing), dataset, "cpu")
+    args = SimpleNamespace(class_weights=class_weights, smoothing=smoothing)
+    return make_loss(args, dataset, "cpu").keywords["criterion"]
 
 
 RARE = [0] * 5 + [1] * 3 + [2] * 2  # none of class 3, as --overfit may leave it

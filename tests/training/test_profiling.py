@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch.autograd import DeviceType
 
-from training.interrupt import MEASURED, WAIT, StepProfiler
+from training.profiling import MEASURED, WAIT, StepProfiler
 
 
 def test_a_few_steps_are_traced_and_tabled(tmp_path, capsys):
