@@ -136,7 +136,7 @@ def run_script(main):
 
 # ---- seeding.py: Where every random number comes from: a purpose and (seed, epoch, step), and nothing else.
 
-PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing")
+PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing", "validation", "samples", "extra")
 
 
 def seed_for(purpose, *numbers):
@@ -1928,6 +1928,17 @@ def made_splits(
     return splits
 
 
+def some_of_each_class(split, classes, count, *, seed):
+    """`count` images of each class of a Split. Raises UserError for a class that has fewer."""
+    rng, labels, kept = np.random.default_rng(seed), split.labels.numpy(), []
+    for label, name in enumerate(classes):
+        members = rng.permutation((labels == label).nonzero()[0])
+        if len(members) < count:
+            raise UserError(f"--train-per-class {count}: class {name} has {len(members)} training images")
+        kept += members[:count].tolist()
+    return split.pick(torch.tensor(sorted(kept)))
+
+
 def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
     """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
 
@@ -2135,6 +2146,25 @@ def identity(images, magnitude):
     return images
 
 
+# ---- pipeline/extra.py: Images from another source, such as generate.py, that take the place of some training images.
+
+def read_extra(root, classes, like):
+    """(images (N, C, H, W) uint8, labels (N,), files (N,)) in folders named after some of the classes.
+
+    They are resized to the size of the images `like`. Raises UserError for a folder of another name, and if these are
+    large ones, which training crops.
+    """
+    if not torch.is_tensor(like):
+        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
+    names = subfolders(Path(root))
+    if not names or set(names) - set(classes):
+        raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")
+    files = [[file for file, *_ in list_images(Path(root, name), defaultdict(list))] for name in names]
+    labels = [classes.index(name) for name, some in zip(names, files, strict=True) for _ in some]
+    files, (_, channels, *sides) = sum(files, []), like.shape
+    return torch.from_numpy(decode_images(files, sides, channels=channels)), torch.tensor(labels), np.array(files)
+
+
 # ---- pipeline/batches.py: Batches of images on the device: their order and their augmentation.
 
 RATIO = (3 / 4, 4 / 3)  # of a random resized crop without --ratio: as in torchvision
@@ -2285,6 +2315,7 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
+    extra: Split | None = None  # with --extra-data: generated images that training mixes in
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -2296,8 +2327,8 @@ class Dataset(NamedTuple):
         return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
 
     def splits(self):
-        """{"train", "val" if there is one, "test": Split}."""
-        return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
+        """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
+        return {key: split for key in ("train", "val", "test", "extra") if (split := getattr(self, key))}
 
 
 def count_classes(name, data_dir):
@@ -2325,13 +2356,15 @@ def load_dataset(
     crop_pct=CROP_PCT,
     cache_dir=None,
     dataset_name=None,
+    train_per_class=None,
     **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
-    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
-    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits; of what is left for training, train_per_class images of each
+    class are kept. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If is_large,
+    the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises UserError if
+    images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -2356,6 +2389,9 @@ def load_dataset(
     }
     whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
     splits = made_splits(splits, classes, name, **how_to_split)
+    if train_per_class:
+        seed = how_to_split.get("split_seed", 0), 2
+        splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -2374,11 +2410,14 @@ def dataset_of(args, statistics=None):
         mean, std = statistics or channel_statistics(splits["train"].images)
         return Dataset(args.dataset_name or args.dataset, classes, shards, splits.get("val"), splits["test"], mean, std)
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
-    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed", "train_per_class")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
         dataset = dataset.learnt_by_heart(args.overfit)
+    if getattr(args, "extra_data", None):
+        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
+        dataset = dataset._replace(extra=Split(*extra))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -2679,6 +2718,14 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
+    def leave_out(self, *names):
+        """Take flags away that have no effect in this script; their defaults remain."""
+        for action in [action for action in self._actions if action.dest in names]:
+            self.set_defaults(**{action.dest: action.default})
+            action.container._remove_action(action)
+            for option in action.option_strings:
+                del self._option_string_actions[option]
+
     def check_values(self, values):
         """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []
@@ -2688,6 +2735,7 @@ class Parser(argparse.ArgumentParser):
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
                 text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                text = "none" if text is None else text  # --clip-grad none
                 argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
@@ -2832,11 +2880,12 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model, *, attention=None):
+def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
     An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
-    it is not known here, or if the weights do not fit it.
+    it is not known here, if it generates images and `generates` is false, or the other way round, or if the weights do
+    not fit it.
     """
     model_args = with_own_class(checkpoint["model_args"], attention)
     with read_from_outside("the checkpoint's weights do not fit its model and model_args"):
@@ -2845,8 +2894,21 @@ def rebuild_model(checkpoint, build_model, *, attention=None):
         except UserError as error:
             advice = "docs/extending.md says how to add a block of your own"
             raise UserError(f"the checkpoint's model cannot be built here: {error}; {advice}") from error
+        if hasattr(model, "generate") != generates:
+            what = "classifies images: use predict.py" if generates else "generates images: use generate.py"
+            raise UserError(f"{checkpoint['model']} {what}")
         model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
+
+
+# ---- training/weights.py: The weights that a run starts from: of another run, or of a file that another program wrote.
+
+def weights_hash(model):
+    """SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(name.encode() + values.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---- maps/evaluate.py: How good a map is: measured by the object's mask, and by deleting and inserting the patches that it ranks.
@@ -3162,7 +3224,7 @@ class Explained(NamedTuple):
 def checkpoint_dataset(checkpoint, *, data_dir=None, cache_dir=None):
     """The dataset that a checkpoint was trained on, with the same splits."""
     places = {"data_dir": data_dir, "cache_dir": cache_dir}
-    places = {name: path for name, path in places.items() if path}
+    places = {name: path for name, path in places.items() if path} | {"extra_data": None}
     return dataset_of(SimpleNamespace(**checkpoint["args"] | places))
 
 
@@ -3322,13 +3384,13 @@ def chosen_methods(args, methods, *, default):
     return tuple(methods) if name == "all" else (name,)
 
 
-def open_model(args):
-    """(checkpoint, its model on the device), as the flags of checkpoint_parser say."""
+def open_model(args, *, generates=False):
+    """(checkpoint, its model on the device), as the flags of checkpoint_parser say; one that `generates`, or not."""
     device = pick_device(args.device)
     if args.which and args.checkpoint.is_file():
         raise UserError(f"--which {args.which} needs a run's folder, and {args.checkpoint} is a file")
     checkpoint = load_checkpoint(args.checkpoint, which=args.which, device=device)
-    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention).to(device)
+    return checkpoint, rebuild_model(checkpoint, build_model, attention=args.attention, generates=generates).to(device)
 
 
 def open_for_maps(args):
@@ -3346,14 +3408,6 @@ def open_for_maps(args):
 def output_folder(args):
     """--out, or maps/ beside the checkpoint. Raises UserError if it cannot be written."""
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
-
-
-def weights_hash(model):
-    """SHA-256 of a model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, values in model.state_dict().items():
-        digest.update(name.encode() + values.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def scores_text(table):

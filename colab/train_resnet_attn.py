@@ -146,7 +146,7 @@ def run_script(main):
 
 # ---- seeding.py: Where every random number comes from: a purpose and (seed, epoch, step), and nothing else.
 
-PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing")
+PURPOSES = ("weights", "order", "augmentation", "dropout", "mixing", "validation", "samples", "extra")
 
 
 def seed_for(purpose, *numbers):
@@ -1834,6 +1834,17 @@ def made_splits(
     return splits
 
 
+def some_of_each_class(split, classes, count, *, seed):
+    """`count` images of each class of a Split. Raises UserError for a class that has fewer."""
+    rng, labels, kept = np.random.default_rng(seed), split.labels.numpy(), []
+    for label, name in enumerate(classes):
+        members = rng.permutation((labels == label).nonzero()[0])
+        if len(members) < count:
+            raise UserError(f"--train-per-class {count}: class {name} has {len(members)} training images")
+        kept += members[:count].tolist()
+    return split.pick(torch.tensor(sorted(kept)))
+
+
 def split_by_class(split, fraction, classes, *, seed, flag, group_by=None, part=0):
     """Two Splits, the first with `fraction` of every class (at least one image), the second with the rest.
 
@@ -2262,6 +2273,42 @@ def trivial_augment(images, generator, *, fill):
 POLICIES = {"auto": auto_augment, "rand": rand_augment, "trivial": trivial_augment}
 
 
+# ---- pipeline/extra.py: Images from another source, such as generate.py, that take the place of some training images.
+
+def read_extra(root, classes, like):
+    """(images (N, C, H, W) uint8, labels (N,), files (N,)) in folders named after some of the classes.
+
+    They are resized to the size of the images `like`. Raises UserError for a folder of another name, and if these are
+    large ones, which training crops.
+    """
+    if not torch.is_tensor(like):
+        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
+    names = subfolders(Path(root))
+    if not names or set(names) - set(classes):
+        raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")
+    files = [[file for file, *_ in list_images(Path(root, name), defaultdict(list))] for name in names]
+    labels = [classes.index(name) for name, some in zip(names, files, strict=True) for _ in some]
+    files, (_, channels, *sides) = sum(files, []), like.shape
+    return torch.from_numpy(decode_images(files, sides, channels=channels)), torch.tensor(labels), np.array(files)
+
+
+def mix_in(split, extra, *, share, seed):
+    """(a Split of both, options of Batches) so that extra images replace a share of the images of each batch.
+
+    Which are replaced, and by which, follows from (seed, epoch); an epoch has as many steps as without.
+    """
+    images, labels = (torch.cat(pair) for pair in zip(split[:2], extra[:2]))  # the real ones first
+    real, count = len(split.labels), len(extra.labels)
+
+    def reorder(order, epoch):
+        generator = torch.Generator().manual_seed(seed_for("extra", seed, epoch))
+        replaced = (torch.arange(real + 1, dtype=torch.float64) * share).floor().diff() > 0  # (real,), evenly spread
+        drawn = torch.randperm(count, generator=generator)[torch.arange(int(replaced.sum())) % count]
+        return order.masked_scatter(replaced, real + drawn)
+
+    return split._replace(images=images, labels=labels), {"length": real, "reorder": reorder}
+
+
 # ---- pipeline/batches.py: Batches of images on the device: their order and their augmentation.
 
 RATIO = (3 / 4, 4 / 3)  # of a random resized crop without --ratio: as in torchvision
@@ -2275,7 +2322,8 @@ class Batches:
     with their labels. With a seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step):
     transform(images, generator) of uint8 images for each of transforms, the same of normalised images for
     float_transforms, then mix(images, labels), which draws from torch's global generator. Without a seed, images come
-    in order and unchanged. With drop_last, an incomplete last batch is left out, unless it is the only one.
+    in order and unchanged. An epoch takes the first `length` images, by default all; reorder(order, epoch) may replace
+    some of their indices. With drop_last, an incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -2287,6 +2335,8 @@ class Batches:
         std,
         device,
         seed=None,
+        length=None,
+        reorder=None,
         drop_last=False,
         crops=None,
         transforms=(),
@@ -2295,18 +2345,20 @@ class Batches:
     ):
         self.crops, self.images = crops, None if crops else place_images(split.images, torch.device(device))
         self.whole = split.images is not None  # Shards give each of several ranks its part alone
-        self.labels = split.labels.to(device)
+        self.labels, self.length, self.reorder = split.labels.to(device), length or len(split.labels), reorder
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
-        complete, left_over = divmod(len(self.labels), batch_size)
+        complete, left_over = divmod(self.length, batch_size)
         self.steps_per_epoch = complete if complete and (drop_last or not left_over) else complete + 1
 
     def batches(self, epoch=0, start_step=0):
         generator = torch.Generator()
-        order = torch.arange(len(self.labels))
+        order = torch.arange(self.length)
         if self.seed is not None:
-            order = torch.randperm(len(order), generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+            order = torch.randperm(self.length, generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+        if self.reorder:
+            order = self.reorder(order, epoch)
         indices = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
         on_host = order.split(self.batch_size)[: self.steps_per_epoch]
         if self.crops:
@@ -2381,8 +2433,12 @@ def training_batches(dataset, args, device):
         )
     elif dataset.train.images is None:  # in shards
         crops = batches_by_workers(dataset.train, device, dataset.train.workers)
+    split, mixed = dataset.train, {}
+    if dataset.extra:
+        split, mixed = mix_in(split, dataset.extra, share=args.extra_fraction, seed=args.seed)
     return Batches(
-        dataset.train,
+        split,
+        **mixed,
         batch_size=args.batch_size,
         mean=dataset.mean,
         std=dataset.std,
@@ -2576,6 +2632,7 @@ class Dataset(NamedTuple):
     mean: list[float]  # of the training images, one per channel, as fractions of 255
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
+    extra: Split | None = None  # with --extra-data: generated images that training mixes in
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -2587,8 +2644,8 @@ class Dataset(NamedTuple):
         return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
 
     def splits(self):
-        """{"train", "val" if there is one, "test": Split}."""
-        return {key: split for key in ("train", "val", "test") if (split := getattr(self, key))}
+        """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
+        return {key: split for key in ("train", "val", "test", "extra") if (split := getattr(self, key))}
 
 
 def count_classes(name, data_dir):
@@ -2616,13 +2673,15 @@ def load_dataset(
     crop_pct=CROP_PCT,
     cache_dir=None,
     dataset_name=None,
+    train_per_class=None,
     **how_to_split,
 ):
     """The images of a dataset, resized to image_size, a number of pixels or [height, width], as a Dataset.
 
-    how_to_split are the keyword arguments of made_splits. cifar10 and cifar100 may also lie in data_dir as folders,
-    cifar100/train/CLASS/*.png. If is_large, the training images are LargeImages, and the others centre crops of
-    crop_pct of the short side. Raises UserError if images are missing or cannot be read.
+    how_to_split are the keyword arguments of made_splits; of what is left for training, train_per_class images of each
+    class are kept. cifar10 and cifar100 may also lie in data_dir as folders, cifar100/train/CLASS/*.png. If is_large,
+    the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises UserError if
+    images are missing or cannot be read.
     """
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -2647,6 +2706,9 @@ def load_dataset(
     }
     whole = splits["all"].hash("sha256-all") if "all" in splits and how_to_split.get("folds") else None
     splits = made_splits(splits, classes, name, **how_to_split)
+    if train_per_class:
+        seed = how_to_split.get("split_seed", 0), 2
+        splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
@@ -2665,11 +2727,14 @@ def dataset_of(args, statistics=None):
         mean, std = statistics or channel_statistics(splits["train"].images)
         return Dataset(args.dataset_name or args.dataset, classes, shards, splits.get("val"), splits["test"], mean, std)
     names = ("image_size", "channels", "crop_pct", "cache_dir", "dataset_name")
-    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed")
+    names += ("val_fraction", "test_fraction", "split_seed", "group_by", "folds", "seed", "train_per_class")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}  # an older checkpoint lacks some
     dataset = load_dataset(args.dataset, data_dir=args.data_dir, **options)
     if getattr(args, "overfit", None):
         dataset = dataset.learnt_by_heart(args.overfit)
+    if getattr(args, "extra_data", None):
+        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
+        dataset = dataset._replace(extra=Split(*extra))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -3165,8 +3230,8 @@ def compiled_forward(model, args, *, device, num_images):
         return torch.compile(model)
     compiled = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    def forward(images):
-        return (compiled if len(images) == args.batch_size else model)(images)
+    def forward(images, *others):
+        return (compiled if len(images) == args.batch_size else model)(images, *others)
 
     return forward
 
@@ -3200,7 +3265,7 @@ def memory_error(error, run):
         took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
         took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
         with contextlib.suppress(torch.OutOfMemoryError):
-            if size := largest_batch(run):
+            if not hasattr(run.model, "generate") and (size := largest_batch(run)):
                 fits = f"; {size} should fit"
     kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
     patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"
@@ -3305,7 +3370,9 @@ ESSENTIAL = {
 # What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
-    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(
+        ("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "sample_epochs", "init_from"), "place"
+    ),
     **dict.fromkeys(("log", "log_steps"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
@@ -3346,6 +3413,14 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
+    def leave_out(self, *names):
+        """Take flags away that have no effect in this script; their defaults remain."""
+        for action in [action for action in self._actions if action.dest in names]:
+            self.set_defaults(**{action.dest: action.default})
+            action.container._remove_action(action)
+            for option in action.option_strings:
+                del self._option_string_actions[option]
+
     def check_values(self, values):
         """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []
@@ -3355,6 +3430,7 @@ class Parser(argparse.ArgumentParser):
                 argv += [action.option_strings[0], *map(str, value)]
             elif action.nargs != 0 and (value is not None or needed):
                 text = "x".join(map(str, value)) if isinstance(value, list) else value  # --image-size 32x64
+                text = "none" if text is None else text  # --clip-grad none
                 argv.append(f"{action.option_strings[0]}={text}")
         self.parse_args(argv)
 
@@ -3407,6 +3483,7 @@ def add_data_flags(group, datasets):
     add("--val-fraction", type=fraction, metavar="F", default=0.0, help=help_text)
     help_text = "share of the images that become the test set, if a folder has no test/"
     add("--test-fraction", type=number(above=0, below=1), metavar="F", default=0.2, help=help_text)
+    add("--train-per-class", type=at_least(1), metavar="N", help="train on only N images per class")
     add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
     add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
     add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
@@ -3433,6 +3510,8 @@ def add_augmentation_flags(group, policies):
     add("--mixup", type=at_least(0, float), metavar="ALPHA", default=0.0, help="blend pairs of images, in long runs")
     help_text = "paste a box of another image; with --mixup, one or the other for each batch"
     add("--cutmix", type=at_least(0, float), metavar="ALPHA", default=0.0, help=help_text)
+    add("--extra-data", metavar="DIR", help="class folders of generated images (see generate.py) to mix in")
+    add("--extra-fraction", type=number(above=0, high=1), metavar="F", default=0.5, help="their share of each batch")
 
 
 def add_optimizer_flags(group):
@@ -3503,19 +3582,154 @@ def add_run_flags(group):
     add("--profile", action="store_true", help="also write where the time of ten steps goes")
 
 
+# ---- training/loop.py: The hand-written loops: one epoch of training, and one pass over images that evaluates a model.
+
+def new_sums(device):
+    """What an epoch adds up, from its first step.
+
+    On the device: the loss summed over images, that of the last step, the number of correct images, and the first step
+    whose loss is not finite, with its learning rate. On the host: steps, images, seconds, and the last learning rate.
+    """
+    return {
+        "loss": torch.zeros((), device=device),
+        "last_loss": torch.zeros((), device=device),
+        "correct": torch.zeros((), dtype=torch.int64, device=device),
+        "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
+        "bad_lr": torch.zeros((), device=device),
+        "step": 0,
+        "images": 0,
+        "seconds": 0.0,
+        "lr": 0.0,
+    }
+
+
+def loss_and_accuracy(sums):
+    """The means per image, as floats, the accuracy None if the loss has no such thing: waits for the device."""
+    loss, accuracy = (sums[name].item() / sums["images"] for name in ("loss", "correct"))
+    return loss, None if accuracy < 0 else accuracy
+
+
+def train_one_epoch(
+    *,
+    model,
+    forward=None,
+    batches,
+    loss_function,
+    optimizer,
+    schedule,
+    precision,
+    seed,
+    epoch,
+    sums,
+    accumulate=("1",),
+    clip_grad=None,
+    clip_value=None,
+    average=None,
+    after_step,
+):
+    """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
+
+    forward stands in place of the model itself, if it is compiled or shared (see compiled_forward). loss_function is
+    called as classification_loss is. A step is one update of the weights, by the gradient of so many batches (see
+    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
+    average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
+    epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
+    """
+    model.train()
+    forward = forward or model
+    scaler = precision.scaler
+    for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
+        optimizer.zero_grad()
+        for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
+            torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
+            with precision.autocast():
+                loss, correct = loss_function(forward, images, labels)  # () and (), as classification_loss
+            scaler.scale(loss * weight).backward()
+            if weight:  # without: an image in place of none, see shared_steps
+                add_batch(sums, loss.detach(), correct, count=len(labels), lr=schedule.get_last_lr()[0])
+            sums["step"] += 1
+        if clip_grad or clip_value:
+            scaler.unscale_(optimizer)
+        if clip_grad:
+            clip_grad_norm_(model.parameters(), clip_grad)
+        if clip_value:
+            clip_grad_value_(model.parameters(), clip_value)
+        scaler.step(optimizer)
+        scaler.update()
+        if average:
+            average.after_step(model)
+        for _ in parts:  # a schedule counts batches
+            schedule.step()
+        if after_step(sums):
+            break
+
+
+def classification_loss(forward, images, labels, *, criterion):
+    """(the mean loss of a batch (), the number of correct images (); None from a loss that has no such thing).
+
+    criterion(logits, labels) gives that mean for labels (B,), or (B, classes) if images are mixed.
+    """
+    logits = forward(images)  # (B, classes)
+    hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
+    return criterion(logits, labels), (logits.argmax(1) == hard_labels).sum()
+
+
+def add_batch(sums, loss, correct, *, count, lr):
+    """Add one batch of `count` images to sums: its mean loss (), its correct images () and its learning rate."""
+    sums["loss"] += loss * count
+    sums["last_loss"] = loss
+    sums["correct"] += -count if correct is None else correct  # below zero: the loss has no such thing
+    sums["images"] += count
+    first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
+    sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
+    sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
+    sums["lr"] = lr
+
+
+def batches_per_step(accumulate, epoch):
+    """How many batches make a step in an epoch, counted from 0, by --accumulate, say ["0:8", "10:4"]."""
+    return [count for start, count in [(0, 1), *sorted(map(as_epoch_and_count, accumulate))] if start <= epoch][-1]
+
+
+@torch.inference_mode()
+def validate(*, model, batches, precision):
+    """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
+
+    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in. Several ranks take a part of
+    each batch, and all have the result.
+    """
+    training = model.training
+    same_buffers(model)
+    model.eval()
+    sums = new_sums(batches.device)
+    outputs = []
+    for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
+        rows = own_rows(len(labels))
+        with precision.autocast():
+            logits = model(images[rows])  # (B, classes)
+        outputs.append(rows_of_all_ranks(logits.float(), rows, len(labels)))
+        sums["loss"] += cross_entropy(outputs[-1], labels, reduction="sum")
+        sums["correct"] += (outputs[-1].argmax(1) == labels).sum()
+        sums["images"] += len(labels)
+    model.train(training)
+    return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)
+
+
 # ---- training/optimizer.py: The loss, optimisers, and learning-rate schedules, which count batches.
 
 def make_loss(args, dataset, device):
-    """The loss that the flags ask for, as a function of logits (B, classes) and labels (B,) or (B, classes).
+    """The classification_loss that the flags ask for.
 
     With --class-weights balanced, an image counts N / (classes x images of its class), of the N training images.
     """
     if args.class_weights == "none":
-        return partial(cross_entropy, label_smoothing=args.smoothing)
+        criterion = partial(cross_entropy, label_smoothing=args.smoothing)
+        return partial(classification_loss, criterion=criterion)
     labels = dataset.train.labels
     counts = labels.bincount(minlength=len(dataset.classes)).clamp(min=1)  # --overfit may leave a class out
     weights = (len(labels) / (len(counts) * counts)).to(device)
-    return partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+    criterion = partial(weighted_cross_entropy, weights=weights, smoothing=args.smoothing)
+    return partial(classification_loss, criterion=criterion)
 
 
 def weighted_cross_entropy(logits, labels, *, weights, smoothing):
@@ -3700,130 +3914,6 @@ def decaying_schedule(args, optimizer, *, steps_per_epoch):
     return cosine_schedule(optimizer, **length, warmup_epochs=warmup_epochs)
 
 
-# ---- training/loop.py: The hand-written loops: one epoch of training, and one pass over images that evaluates a model.
-
-def new_sums(device):
-    """What an epoch adds up, from its first step.
-
-    On the device: the loss summed over images, that of the last step, the number of correct images, and the first step
-    whose loss is not finite, with its learning rate. On the host: steps, images, seconds, and the last learning rate.
-    """
-    return {
-        "loss": torch.zeros((), device=device),
-        "last_loss": torch.zeros((), device=device),
-        "correct": torch.zeros((), dtype=torch.int64, device=device),
-        "bad_step": torch.full((), -1, dtype=torch.int64, device=device),
-        "bad_lr": torch.zeros((), device=device),
-        "step": 0,
-        "images": 0,
-        "seconds": 0.0,
-        "lr": 0.0,
-    }
-
-
-def loss_and_accuracy(sums):
-    """The means per image, as floats: waits for the device."""
-    return sums["loss"].item() / sums["images"], sums["correct"].item() / sums["images"]
-
-
-def train_one_epoch(
-    *,
-    model,
-    forward=None,
-    batches,
-    loss_function,
-    optimizer,
-    schedule,
-    precision,
-    seed,
-    epoch,
-    sums,
-    accumulate=("1",),
-    clip_grad=None,
-    clip_value=None,
-    average=None,
-    after_step,
-):
-    """Train from sums["step"] to the end of an epoch (counted from 0), adding to sums (see new_sums).
-
-    forward(images) gives the logits, in place of the model itself, if it is compiled or shared (see compiled_forward).
-    loss_function(logits, labels) gives the mean over the batch. A step is one update of the weights, by the gradient of
-    so many batches (see batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
-    average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
-    epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
-    """
-    model.train()
-    forward = forward or model
-    scaler = precision.scaler
-    for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
-        optimizer.zero_grad()
-        for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
-            torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
-            with precision.autocast():
-                logits = forward(images)  # (B, classes)
-                loss = loss_function(logits, labels)  # ()
-            scaler.scale(loss * weight).backward()
-            if weight:  # without: an image in place of none, see shared_steps
-                add_batch(sums, loss.detach(), logits, labels, lr=schedule.get_last_lr()[0])
-            sums["step"] += 1
-        if clip_grad or clip_value:
-            scaler.unscale_(optimizer)
-        if clip_grad:
-            clip_grad_norm_(model.parameters(), clip_grad)
-        if clip_value:
-            clip_grad_value_(model.parameters(), clip_value)
-        scaler.step(optimizer)
-        scaler.update()
-        if average:
-            average.after_step(model)
-        for _ in parts:  # a schedule counts batches
-            schedule.step()
-        if after_step(sums):
-            break
-
-
-def add_batch(sums, loss, logits, labels, *, lr):
-    """Add one batch to sums: its mean loss (), logits (B, classes) and labels, and its learning rate."""
-    sums["loss"] += loss * len(labels)
-    sums["last_loss"] = loss
-    hard_labels = labels if labels.ndim == 1 else labels.argmax(1)  # (B,): of mixed images, the larger share
-    sums["correct"] += (logits.argmax(1) == hard_labels).sum()
-    sums["images"] += len(labels)
-    first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
-    sums["bad_step"] = torch.where(first_bad, sums["step"], sums["bad_step"])
-    sums["bad_lr"] = torch.where(first_bad, lr, sums["bad_lr"])
-    sums["lr"] = lr
-
-
-def batches_per_step(accumulate, epoch):
-    """How many batches make a step in an epoch, counted from 0, by --accumulate, say ["0:8", "10:4"]."""
-    return [count for start, count in [(0, 1), *sorted(map(as_epoch_and_count, accumulate))] if start <= epoch][-1]
-
-
-@torch.inference_mode()
-def validate(*, model, batches, precision):
-    """(loss, accuracy, logits): mean cross entropy and accuracy per image, logits (N, classes) float32 on the device.
-
-    The model is in evaluation mode meanwhile, and afterwards in the mode that it was in. Several ranks take a part of
-    each batch, and all have the result.
-    """
-    training = model.training
-    same_buffers(model)
-    model.eval()
-    sums = new_sums(batches.device)
-    outputs = []
-    for images, labels in batches.batches():  # (B, 3, H, W) and (B,)
-        rows = own_rows(len(labels))
-        with precision.autocast():
-            logits = model(images[rows])  # (B, classes)
-        outputs.append(rows_of_all_ranks(logits.float(), rows, len(labels)))
-        sums["loss"] += cross_entropy(outputs[-1], labels, reduction="sum")
-        sums["correct"] += (outputs[-1].argmax(1) == labels).sum()
-        sums["images"] += len(labels)
-    model.train(training)
-    return *loss_and_accuracy(sums), torch.cat(outputs)  # (N, classes)
-
-
 # ---- training/find_lr.py: --find-lr: a learning rate from short sweeps, on the steepest part of the loss (Smith 2017; fastai's "steepest").
 
 LOWEST, DECADES, DECADE = 1e-7, 8, 12  # a sweep's first learning rate, its decades, and the steps of each
@@ -3966,7 +4056,7 @@ def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))
     splits = "   ".join(
-        f"{split} {row[f'{split}_loss']:.4f} {row[f'{split}_accuracy']:7.2%}"
+        f"{split} {row[f'{split}_loss']:.4f}" + ("" if (a := row[f"{split}_accuracy"]) is None else f" {a:7.2%}")
         for split in ("train", "val", "test")
         if row[f"{split}_loss"] is not None
     )
@@ -3975,7 +4065,9 @@ def epoch_line(row, epochs):
 
 
 def accuracy_text(result):
-    """The accuracy of a finished run, or with --overfit how many images it learnt."""
+    """The accuracy of a finished run, or with --overfit how many images it learnt; of a generator, its loss."""
+    if "test_accuracy" not in result:
+        return f"training loss {result['train_loss']:.4f} after epoch {result['epochs']}"
     if not (count := result["args"].get("overfit")):
         accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
         differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
@@ -4008,10 +4100,12 @@ def draw_curves(path, history, args):
     other = {"train_loss": f"training loss{how}"} if how else {}
     other |= {"train_accuracy": "training accuracy on mixed images (%)"} if mixed else {}
     panels = [([name], label) for name, label in other.items()]
-    for quantity, label in (("loss", "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
-        panels.append(([f"{split}_{quantity}" for split in ("train", "val", "test")], label))
+    generates = "noise_steps" in vars(args)
+    for quantity, label in (("loss", "loss" if generates else "loss (cross entropy)"), ("accuracy", "accuracy (%)")):
+        names = [f"{split}_{quantity}" for split in ("train", "val", "test")]
+        panels += [(names, label)] if any(history[-1][name] is not None for name in names) else []
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axes, (names, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (names, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in (n for n in names if history[-1][n] is not None and (n not in other or names == [n])):
             split, _, quantity = name.partition("_")
             values = [row[name] * (100 if quantity == "accuracy" else 1) for row in history]
@@ -4069,14 +4163,9 @@ def balanced_accuracy(logits, labels):
     return statistics.fmean(correct[labels == label].double().mean().item() for label in labels.unique())
 
 
-def write_result(run, logits, *, test_accuracy, raw, at_best_val):
-    """Write result.json: how a run was made, and its results; accuracies are fractions. Returns it as a dict.
-
-    logits (N, classes) are those of the test images; raw is the test accuracy of the weights themselves, if averaged
-    ones are evaluated.
-    """
+def write_result(run, **measured):
+    """Write result.json: how a run was made, and what was measured; accuracies are fractions. Returns it as a dict."""
     args, history, dataset = vars(run.args), run.history, run.dataset
-    on_test = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     commit, clean = git_commit(run.script)
     result = {
         "script": run.script,
@@ -4090,17 +4179,14 @@ def write_result(run, logits, *, test_accuracy, raw, at_best_val):
         "dataset_name": dataset.name,
         "images": {key: len(split.labels) for key, split in dataset.splits().items()},
         "num_classes": len(dataset.classes),
+        "extra": run.extra_record,
         "data_hash": dataset.whole_hash or run.data_hashes["train"],  # folds of one set of images are one group
         "epochs": len(history),
         "seed": args["seed"],
         "split_seed": args["split_seed"],
-        "test_accuracy": test_accuracy,
-        "test_balanced_accuracy": balanced_accuracy(logits, dataset.test.labels),
         "val_accuracy": history[-1]["val_accuracy"],
-        "test_accuracy_at_best_val": at_best_val,
-        "best_on_test": max(on_test, default=None),
-        "raw_test_accuracy": raw,
-        "weights": "raw" if raw is None else run.average.kind,
+        **measured,
+        "weights": "raw" if run.evaluated_model is run.model else run.average.kind,
         "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,
         "seconds": sum(row["seconds"] for row in history),
@@ -4310,7 +4396,7 @@ def check_same_images(checkpoint, run):
     if not isinstance(then, dict):  # an older checkpoint: all it knows of the images is their statistics
         here, there = [dataset.mean, dataset.std], [checkpoint["mean"], checkpoint["std"]]
         then = now if torch.allclose(torch.tensor(here), torch.tensor(there), rtol=0, atol=1e-6) else {}
-    names = {"train": "training", "val": "validation", "test": "test"}
+    names = {"train": "training", "val": "validation", "test": "test", "extra": "extra"}
     if changed := [name for key, name in names.items() if then.get(key) != now.get(key)]:
         raise UserError(f"the {changed[0]} images are not those of the run to resume: an image or its class is another")
 
@@ -4353,7 +4439,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
     *("model.onnx", "model.pt2", "model.safetensors"),
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
-WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, "curves.png", "predictions.npz", "split.csv", "result.json")
+FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
+WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
 
 
 def choose_folder(given, *, default_name, default_dir):
@@ -4431,9 +4518,12 @@ EFFECT_CONDITIONS = {
     "test_fraction": (lambda args: args.dataset == "folder" and not args.folds, "--dataset folder, without --folds"),
     **dict.fromkeys(("folds", "group_by"), (lambda args: args.dataset == "folder", "--dataset folder")),
     "channels": (lambda args: args.dataset in ("folder", "webdataset") or args.channels == 3, "--dataset folder"),
+    "extra_fraction": (lambda args: args.extra_data, "--extra-data"),
+    "label_drop": (lambda args: args.model == "ddpm", "--model ddpm"),
+    "gan_loss": (lambda args: args.model == "acgan", "--model acgan"),
     "epoch_images": (lambda args: args.dataset == "webdataset", "--dataset webdataset"),
     **dict.fromkeys(
-        ("overfit", "val_fraction", "class_weights"),
+        ("overfit", "val_fraction", "class_weights", "extra_data", "train_per_class"),
         (lambda args: args.dataset != "webdataset", "images that are not in shards"),
     ),
     **dict.fromkeys(("attention_after", "attention_in"), (lambda args: args.attention != "none", "--attention")),
@@ -4596,13 +4686,54 @@ def resumed_arguments(parser, given, checkpoint, folder):
         if flag_kind(name) == "run" and saved[name] != value
     ]
     if different:
-        if "epochs" in given:
+        if "epochs" in given and "init_from" in saved:
             different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
     return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})
 
 
-# ---- training/interrupt.py: What happens between two steps: the progress bar, saving by the clock, stopping when asked to, and profiling.
+# ---- training/profiling.py: Where the time of ten steps goes, by torch.profiler.
+
+WAIT, MEASURED = 5, 10  # steps
+
+
+class StepProfiler:
+    """A torch.profiler that skips the first WAIT steps and measures the MEASURED ones after them.
+
+    A trace for Perfetto or chrome://tracing goes to trace.json.gz in the folder, ten lines to the screen. step() is
+    called after each step, close() at the end.
+    """
+
+    def __init__(self, folder, device):
+        self.path, self.device, self.done = folder / "trace.json.gz", device, False
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        plan = schedule(wait=WAIT - 2, warmup=2, active=MEASURED, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.write)
+        self.profiler.start()
+        self.step = self.profiler.step
+
+    def write(self, profiler):
+        profiler.export_chrome_trace(str(self.path))
+        where = "device" if self.device.type == "cuda" else "cpu"
+        rows = profiler.key_averages()
+        if where == "device":  # the kernels alone: their callers' rows hold the same time again
+            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+        times = {row.key: (getattr(row, f"self_{where}_time_total"), row.count) for row in rows}
+        total = sum(spent for spent, _ in times.values())
+        print(f"{MEASURED} steps of {total / MEASURED / 1e3:.1f} ms on the {where}; the trace is in {self.path}")
+        for name, (spent, count) in sorted(times.items(), key=lambda item: -item[1][0])[:10]:
+            share, milliseconds, calls = spent / total, spent / MEASURED / 1e3, count / MEASURED
+            name = "outside of operations" if name.startswith("ProfilerStep") else name
+            print(f"{share:6.1%} {milliseconds:9.2f} ms per step {calls:7.1f} calls  {name[:70]}")
+        self.done = True
+
+    def close(self):
+        self.profiler.stop()
+        if not self.done:
+            print(f"warning: --profile needs {WAIT + MEASURED} steps in an epoch; no trace", file=sys.stderr)
+
+
+# ---- training/interrupt.py: What happens between two steps: the progress bar, saving by the clock, and stopping when asked to.
 
 class Interrupted(KeyboardInterrupt):
     """A run that was stopped by a signal and has saved; `exit_code` is 128 + the signal's number."""
@@ -4665,43 +4796,6 @@ class StopRequests:
 
 PATIENCE = 20  # seconds that a rank waits for the others after a signal
 AGREEMENT = 8  # steps on GPUs after which ranks agree on whether to stop or save: they wait for each other
-WAIT, MEASURED = 5, 10  # steps
-
-
-class StepProfiler:
-    """A torch.profiler that skips the first WAIT steps and measures the MEASURED ones after them.
-
-    A trace for Perfetto or chrome://tracing goes to trace.json.gz in the folder, ten lines to the screen. step() is
-    called after each step, close() at the end.
-    """
-
-    def __init__(self, folder, device):
-        self.path, self.device, self.done = folder / "trace.json.gz", device, False
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        plan = schedule(wait=WAIT - 2, warmup=2, active=MEASURED, repeat=1)
-        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.write)
-        self.profiler.start()
-        self.step = self.profiler.step
-
-    def write(self, profiler):
-        profiler.export_chrome_trace(str(self.path))
-        where = "device" if self.device.type == "cuda" else "cpu"
-        rows = profiler.key_averages()
-        if where == "device":  # the kernels alone: their callers' rows hold the same time again
-            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
-        times = {row.key: (getattr(row, f"self_{where}_time_total"), row.count) for row in rows}
-        total = sum(spent for spent, _ in times.values())
-        print(f"{MEASURED} steps of {total / MEASURED / 1e3:.1f} ms on the {where}; the trace is in {self.path}")
-        for name, (spent, count) in sorted(times.items(), key=lambda item: -item[1][0])[:10]:
-            share, milliseconds, calls = spent / total, spent / MEASURED / 1e3, count / MEASURED
-            name = "outside of operations" if name.startswith("ProfilerStep") else name
-            print(f"{share:6.1%} {milliseconds:9.2f} ms per step {calls:7.1f} calls  {name[:70]}")
-        self.done = True
-
-    def close(self):
-        self.profiler.stop()
-        if not self.done:
-            print(f"warning: --profile needs {WAIT + MEASURED} steps in an epoch; no trace", file=sys.stderr)
 
 
 class Watch:
@@ -4717,8 +4811,9 @@ class Watch:
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
-        profiled = run.args.profile and run.epoch == run.first_epoch and is_first_rank()
-        self.profiler = StepProfiler(run.folder, run.device) if profiled else None
+        self.profiler = None
+        if run.args.profile and run.epoch == run.first_epoch and is_first_rank():
+            self.profiler = StepProfiler(run.folder, run.device)
         self.last_step = self.last_refresh = time.monotonic()
         self.steps = 0
         self.bar = tqdm(
@@ -4774,7 +4869,7 @@ class Watch:
                 f"{sums['bad_lr'].item():.3g}; the checkpoints hold earlier weights; try a lower --lr or --clip-grad 1"
             )
         loss, accuracy = loss_and_accuracy(sums)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {accuracy:.1%}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}" + ("" if accuracy is None else f", {accuracy:.1%}"), refresh=False)
         self.bar.update(sums["step"] - self.bar.n)
 
 
@@ -4821,6 +4916,24 @@ def make_average(model, args):
     if args.model_ema_decay and args.swa_start:
         raise UserError("--model-ema-decay and --swa-start exclude each other: one average is evaluated")
     return WeightAverage(model, args) if args.model_ema_decay or args.swa_start else None
+
+
+# ---- training/generating.py: Where training a generator differs from training a classifier, and images from it.
+
+def generator_record(folder, data_hashes):
+    """What generate.py noted of the images in a folder of --extra-data; empty if they are from elsewhere.
+
+    A warning on stderr says if the generator has seen other images than those that this run is trained on.
+    """
+    path = Path(folder, "generated.json")
+    try:
+        record = {**json.loads(path.read_text())} if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+    if record.get("trained_on", data_hashes["train"]) != data_hashes["train"]:
+        flags = "give both the same --val-fraction, --split-seed, --train-per-class and --image-size"
+        print(f"warning: {folder}: its generator was trained on other images than this run; {flags}", file=sys.stderr)
+    return record | {"hash": data_hashes["extra"]}
 
 
 # ---- training/loggers.py: What --log and --log-steps write beside log.csv: steps.csv, and the logs of TensorBoard, W&B and trackio.
@@ -4953,6 +5066,9 @@ class Run:
         self.average = make_average(model, self.args)
         self.precision, self.device = precision, precision.device
         self.data_hashes = {split: images.hash() for split, images in dataset.splits().items()}
+        self.extra_record = None  # with --extra-data, where its images are from
+        if dataset.extra:
+            self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
         self.unwritten = {}  # checkpoints by the names of their files
@@ -5092,7 +5208,15 @@ class Run:
             best = open_checkpoint(folder / "best.pt", self.device)
             load_weights(model, evaluated_weights(best), sharded=self.args.fsdp)
             _, at_best_val, _ = validate(model=model, batches=test, precision=self.precision)
-        result = write_result(self, logits, test_accuracy=test_accuracy, raw=raw, at_best_val=at_best_val)
+        on_test = [row["test_accuracy"] for row in self.history if row["test_accuracy"] is not None]
+        result = write_result(
+            self,
+            test_accuracy=test_accuracy,
+            test_balanced_accuracy=balanced_accuracy(logits, self.dataset.test.labels),
+            test_accuracy_at_best_val=at_best_val,
+            best_on_test=max(on_test, default=None),
+            raw_test_accuracy=raw,
+        )
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the last weights, without averaging")

@@ -30,8 +30,8 @@ class Batches:
     with their labels. With a seed, the order follows from (seed, epoch) and everything else from (seed, epoch, step):
     transform(images, generator) of uint8 images for each of transforms, the same of normalised images for
     float_transforms, then mix(images, labels), which draws from torch's global generator. Without a seed, images come
-    in order and unchanged. An epoch takes the first `length` images, by default all. With drop_last, an incomplete last
-    batch is left out, unless it is the only one.
+    in order and unchanged. An epoch takes the first `length` images, by default all; reorder(order, epoch) may replace
+    some of their indices. With drop_last, an incomplete last batch is left out, unless it is the only one.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Batches:
         device,
         seed=None,
         length=None,
+        reorder=None,
         drop_last=False,
         crops=None,
         transforms=(),
@@ -52,22 +53,20 @@ class Batches:
     ):
         self.crops, self.images = crops, None if crops else place_images(split.images, torch.device(device))
         self.whole = split.images is not None  # Shards give each of several ranks its part alone
-        self.labels, self.length = split.labels.to(device), length or len(split.labels)
+        self.labels, self.length, self.reorder = split.labels.to(device), length or len(split.labels), reorder
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.transforms, self.float_transforms, self.mix = transforms, float_transforms, mix
         complete, left_over = divmod(self.length, batch_size)
         self.steps_per_epoch = complete if complete and (drop_last or not left_over) else complete + 1
 
-    def order(self, epoch, generator):
-        """(N,) the indices of an epoch's images."""
-        if self.seed is None:
-            return torch.arange(self.length)
-        return torch.randperm(self.length, generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
-
     def batches(self, epoch=0, start_step=0):
         generator = torch.Generator()
-        order = self.order(epoch, generator)
+        order = torch.arange(self.length)
+        if self.seed is not None:
+            order = torch.randperm(self.length, generator=generator.manual_seed(seed_for("order", self.seed, epoch)))
+        if self.reorder:
+            order = self.reorder(order, epoch)
         indices = order.to(self.device).split(self.batch_size)[: self.steps_per_epoch]
         on_host = order.split(self.batch_size)[: self.steps_per_epoch]
         if self.crops:
@@ -142,13 +141,14 @@ def training_batches(dataset, args, device):
         )
     elif dataset.train.images is None:  # in shards
         crops = batches_by_workers(dataset.train, device, dataset.train.workers)
-    make = Batches
+    split, mixed = dataset.train, {}
     if dataset.extra:
-        from pipeline.extra import MixedBatches  # only if it is asked for
+        from pipeline.extra import mix_in  # only if it is asked for
 
-        make = partial(MixedBatches, extra=dataset.extra, share=args.extra_fraction)
-    return make(
-        dataset.train,
+        split, mixed = mix_in(split, dataset.extra, share=args.extra_fraction, seed=args.seed)
+    return Batches(
+        split,
+        **mixed,
         batch_size=args.batch_size,
         mean=dataset.mean,
         std=dataset.std,

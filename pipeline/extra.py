@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from errors import UserError
-from pipeline.batches import Batches
 from pipeline.decoding import decode_images
 from pipeline.folders import list_images, subfolders
 from seeding import seed_for
@@ -30,21 +29,18 @@ def read_extra(root, classes, like):
     return torch.from_numpy(decode_images(files, sides, channels=channels)), torch.tensor(labels), np.array(files)
 
 
-class MixedBatches(Batches):
-    """Batches of a Split in which `extra`, another one, takes the place of a share of the images of each batch.
+def mix_in(split, extra, *, share, seed):
+    """(a Split of both, options of Batches) so that extra images replace a share of the images of each batch.
 
-    Which images are replaced, and by which, follows from (seed, epoch); an epoch has as many steps as without.
+    Which are replaced, and by which, follows from (seed, epoch); an epoch has as many steps as without.
     """
+    images, labels = (torch.cat(pair) for pair in zip(split[:2], extra[:2]))  # the real ones first
+    real, count = len(split.labels), len(extra.labels)
 
-    def __init__(self, split, extra, *, share, **options):
-        images, labels = (torch.cat(pair) for pair in zip(split[:2], extra[:2]))  # the real ones first
-        super().__init__(split._replace(images=images, labels=labels), length=len(split.labels), **options)
-        self.share = share
+    def reorder(order, epoch):
+        generator = torch.Generator().manual_seed(seed_for("extra", seed, epoch))
+        replaced = (torch.arange(real + 1, dtype=torch.float64) * share).floor().diff() > 0  # (real,), evenly spread
+        drawn = torch.randperm(count, generator=generator)[torch.arange(int(replaced.sum())) % count]
+        return order.masked_scatter(replaced, real + drawn)
 
-    def order(self, epoch, generator):
-        """(N,) indices: those of the real images, of which a share, evenly spread, is replaced."""
-        order, extra = super().order(epoch, generator), len(self.labels) - self.length
-        replaced = (torch.arange(self.length + 1, dtype=torch.float64) * self.share).floor().diff() > 0  # (N,)
-        drawn = torch.randperm(extra, generator=generator.manual_seed(seed_for("extra", self.seed, epoch)))
-        order[replaced] = self.length + drawn[torch.arange(int(replaced.sum())) % extra]
-        return order
+    return split._replace(images=images, labels=labels), {"length": real, "reorder": reorder}

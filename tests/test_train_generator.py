@@ -17,7 +17,7 @@ import train_vit
 from data import Split
 from errors import UserError
 from pipeline.batches import Batches
-from pipeline.extra import MixedBatches
+from pipeline.extra import mix_in
 from training.checkpoint import load_checkpoint
 
 SMALL = {"ddpm": ["--depth", "1", "--noise-steps", "20"], "acgan": ["--model", "acgan", "--noise-dim", "8"]}
@@ -172,7 +172,8 @@ def test_a_share_of_each_batch_is_generated_and_the_rest_is_as_before():
 
     options = {"batch_size": 10, "mean": [0.0] * 3, "std": [1.0] * 3, "device": "cpu", "seed": 3}
     plain = Batches(split(0, 45), **options)
-    mixed = MixedBatches(split(0, 45), split(100, 8), share=0.3, **options)
+    both, more = mix_in(split(0, 45), split(100, 8), share=0.3, seed=3)
+    mixed = Batches(both, **options, **more)
     assert mixed.steps_per_epoch == plain.steps_per_epoch == 5
     seen = []
     for (_, before), (images, labels) in zip(plain.batches(1), mixed.batches(1), strict=True):
@@ -184,7 +185,8 @@ def test_a_share_of_each_batch_is_generated_and_the_rest_is_as_before():
     assert set(seen) == set(range(100, 108)) and len(seen) == 13
     again = [labels for _, labels in mixed.batches(1, start_step=3)]
     assert torch.equal(again[0], [labels for _, labels in mixed.batches(1)][3])
-    only = MixedBatches(split(0, 45), split(100, 8), share=1.0, **options)
+    both, more = mix_in(split(0, 45), split(100, 8), share=1.0, seed=3)
+    only = Batches(both, **options, **more)
     assert all((labels >= 100).all() for _, labels in only.batches())
 
 
