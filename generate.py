@@ -24,12 +24,11 @@ from maps.images import find_class
 from maps.quality import measure_quality, open_classifier, quality_text
 from training.checkpoint import checkpoint_file
 from training.device import Precision
-from training.generating import as_sheet, generated_images
+from training.generating import RECORD, as_sheet, generated_images, read_record
 from training.values import at_least
 from training.weights import weights_hash
 
 FRAMES = 40  # of an animation
-RECORD = "generated.json"  # in the folder: where its images are from
 
 
 def generate_parser():
@@ -68,17 +67,13 @@ def generate_options(args, name, model):
 
 def begin_folder(out, record):
     """Make the folder, with its record. Raises UserError if it holds anything but images of this record."""
-    path, before = out / RECORD, {}
-    try:
-        before = {**json.loads(path.read_text())} if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    before = read_record(out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and before != record)):
         other = [key for key, value in record.items() if before and before.get(key) != value]
         reason = f"its images have another {other[0].replace('_', ' ')}" if other else "it is not empty"
         raise UserError(f"--out {out}: {reason}; name another folder")
     make_folder(out)
-    write_atomically(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_atomically(out / RECORD, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def write_images(out, model, names, labels, *, per_class, batch_size, **options):

@@ -15,6 +15,7 @@ from seeding import seed_for
 from training.outputs import accuracy_text, write_result
 from training.ranks import leave_ranks, same_buffers
 
+RECORD = "generated.json"
 SHEET = (10, 8)  # at most so many classes, and images of each
 
 
@@ -92,16 +93,21 @@ def finish_generator(run):
     return result
 
 
+def read_record(folder):
+    """What generate.py noted of the images in a folder, as a dict; empty if they are from elsewhere."""
+    path = Path(folder, RECORD)
+    try:
+        return {**json.loads(path.read_text())} if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
 def generator_record(folder, data_hashes):
-    """What generate.py noted of the images in a folder of --extra-data; empty if they are from elsewhere.
+    """read_record of a folder of --extra-data, with the hash of its images.
 
     A warning on stderr says if the generator has seen other images than those that this run is trained on.
     """
-    path = Path(folder, "generated.json")
-    try:
-        record = {**json.loads(path.read_text())} if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    record = read_record(folder)
     if record.get("trained_on", data_hashes["train"]) != data_hashes["train"]:
         flags = "give both the same --val-fraction, --split-seed, --train-per-class and --image-size"
         print(f"warning: {folder}: its generator was trained on other images than this run; {flags}", file=sys.stderr)
