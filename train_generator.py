@@ -135,11 +135,12 @@ def main(argv=None):
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print(f"{args.model}, {count_parameters(model):,} parameters")
 
-    # Data: the test set stays shut
+    # Data: the test set stays shut; the losses of an ACGAN depend on each other, and say nothing of its images
     dataset = first_rank_first(dataset_of, args, MINUS_ONE_TO_ONE)
     print(describe(dataset))
     train = training_batches(dataset, args, device)
-    watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if dataset.val else {}
+    validated = dataset.val and args.model == "ddpm"
+    watched = {"val": evaluation_batches(dataset, dataset.val, args, device)} if validated else {}
 
     # Optimiser
     forward = compiled_forward(model, args, device=device, num_images=len(dataset.train.labels))

@@ -4811,16 +4811,24 @@ def make_average(model, args):
 
 # ---- training/generating.py: Where training a generator differs from training a classifier, and images from it.
 
+RECORD = "generated.json"
+
+
+def read_record(folder):
+    """What generate.py noted of the images in a folder, as a dict; empty if they are from elsewhere."""
+    path = Path(folder, RECORD)
+    try:
+        return {**json.loads(path.read_text())} if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
 def generator_record(folder, data_hashes):
-    """What generate.py noted of the images in a folder of --extra-data; empty if they are from elsewhere.
+    """read_record of a folder of --extra-data, with the hash of its images.
 
     A warning on stderr says if the generator has seen other images than those that this run is trained on.
     """
-    path = Path(folder, "generated.json")
-    try:
-        record = {**json.loads(path.read_text())} if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    record = read_record(folder)
     if record.get("trained_on", data_hashes["train"]) != data_hashes["train"]:
         flags = "give both the same --val-fraction, --split-seed, --train-per-class and --image-size"
         print(f"warning: {folder}: its generator was trained on other images than this run; {flags}", file=sys.stderr)

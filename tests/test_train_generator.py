@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_images
+from conftest import TINY, same_weights, write_images
 from PIL import Image
+from test_train_vit import kill_and_resume
 
 import export
 import generate
@@ -49,6 +50,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(model, flags, tmp
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     for name in ("train_loss", "val_loss", "val_accuracy", "params"):
         assert whole[name] == cut[name]
+    assert (whole["val_loss"] is None) == (model == "acgan")
     sheets = [np.asarray(Image.open(tmp_path / "runs" / name / "samples.png")) for name in ("whole", "cut")]
     assert np.array_equal(*sheets) and sheets[0].shape == (2 * (3 * 17 + 1), 2 * (8 * 17 + 1), 3)
     expected = {"ddpm": ([0.9, 0.999], 1.0, 128), "acgan": ([0.5, 0.999], None, 100)}[model]  # of the papers
@@ -59,6 +61,14 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(model, flags, tmp
     assert not (tmp_path / "runs" / "whole" / "best.pt").exists()
     assert train_generator.main(["--resume", str(tmp_path / "runs" / "whole")])["epochs"] == 2
     assert "is finished: training loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SMALL)
+def test_killed_three_times_and_resumed_the_weights_are_the_same(model, flags, tmp_path):
+    flags = [*flags, *SMALL[model], "--epochs", "400", "--sample-epochs", "400"]
+    alone, killed = kill_and_resume(tmp_path, kills=3, flags=flags, seconds=(5, 8), script="train_generator.py")
+    assert same_weights(alone, killed)
 
 
 @pytest.mark.parametrize(

@@ -252,9 +252,9 @@ def test_the_first_step_comes_within_ten_seconds(tmp_path):
         process.wait()
 
 
-def kill_and_resume(tmp_path, *, kills, flags, seconds):
+def kill_and_resume(tmp_path, *, kills, flags, seconds, script="train_vit.py"):
     """Two runs with the same flags: one left alone, one killed with -9 at random moments and resumed; their last.pt."""
-    command = [sys.executable, "train_vit.py", "--out-dir", str(tmp_path), "--save-minutes", "0.01", *flags]
+    command = [sys.executable, script, "--out-dir", str(tmp_path), "--save-minutes", "0.01", *flags]
     subprocess.run([*command, "--run-name", "alone"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     moments = random.Random(0)
     for _ in range(kills):
