@@ -63,7 +63,7 @@ def small_run(folder, **options):
     return Run(
         start,
         model,
-        Namespace(classes=["a", "b"], mean=[0.5], std=[0.5], val=None, splits=dict),
+        Namespace(classes=["a", "b"], mean=[0.5], std=[0.5], val=None, extra=None, splits=dict),
         optimizer=optimizer,
         schedule=multistep_schedule(optimizer, epochs=9, steps_per_epoch=1),
         precision=Precision("off", torch.device("cpu")),
