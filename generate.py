@@ -24,7 +24,7 @@ from maps.images import find_class
 from maps.quality import measure_quality, open_classifier, quality_text
 from training.checkpoint import checkpoint_file
 from training.device import Precision
-from training.generating import RECORD, as_sheet, generated_images, read_record
+from training.generating import RECORD, as_sheet, generated_images, leave_out, read_record
 from training.values import at_least
 from training.weights import weights_hash
 
@@ -33,7 +33,7 @@ FRAMES = 40  # of an animation
 
 def generate_parser():
     parser = checkpoint_parser(__doc__)
-    parser.leave_out("attention")
+    leave_out(parser, "attention")
     add = parser.add_argument
     add("--per-class", type=at_least(1), metavar="N", help="images of each class (default: 100)")
     add("--class", dest="classes", nargs="+", metavar="CLASS", help="write only these classes (default: all)")

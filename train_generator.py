@@ -27,7 +27,7 @@ from seeding import seed_for
 from training.arguments import start_run
 from training.device import Precision, compiled_forward, memory_watched, pick_device
 from training.flags import make_parser
-from training.generating import draw_samples, finish_generator, validate_loss
+from training.generating import draw_samples, finish_generator, leave_out, validate_loss
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch
 from training.optimizer import make_optimizer, make_schedule
@@ -100,7 +100,7 @@ def generator_parser():
     add("--noise-dim", type=at_least(1), metavar="N", help="length of an ACGAN's noise vector")
     add("--gan-loss", choices=("hinge", "paper"), help="hinge, or the log-likelihoods of the ACGAN paper")
     add("--sample-epochs", type=at_least(1), metavar="N", default=10, help="draw samples.png every N epochs")
-    parser.leave_out(*CLASSIFIERS_FLAGS)
+    leave_out(parser, *CLASSIFIERS_FLAGS)
     parser.set_defaults(noise_dim=128, gan_loss="hinge", **DDPM)
     return parser
 

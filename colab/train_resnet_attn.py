@@ -2928,11 +2928,19 @@ def leave_ranks():
 
 
 def from_first_rank(function, *arguments, **options):
-    """What function(*arguments, **options) returns on the first rank, on all of them; it must be picklable."""
+    """What function(*arguments, **options) returns on the first rank, or the UserError that it raises, on all of them.
+
+    It must be picklable.
+    """
     rank, ranks = rank_and_ranks()
-    value = [function(*arguments, **options) if rank == 0 else None]
+    try:
+        value = [function(*arguments, **options) if rank == 0 else None]
+    except UserError as error:
+        value = [error]
     if ranks > 1:
         dist.broadcast_object_list(value)
+    if isinstance(value[0], UserError):
+        raise value[0]
     return value[0]
 
 
@@ -3327,8 +3335,8 @@ def as_epoch_and_count(text):
 
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
-    epoch, count = as_epoch_and_count(text)
-    if epoch < 0 or count < 1:
+    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
+    if count < 1:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
@@ -3412,14 +3420,6 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
-
-    def leave_out(self, *names):
-        """Take flags away that have no effect in this script; their defaults remain."""
-        for action in [action for action in self._actions if action.dest in names]:
-            self.set_defaults(**{action.dest: action.default})
-            action.container._remove_action(action)
-            for option in action.option_strings:
-                del self._option_string_actions[option]
 
     def check_values(self, values):
         """Raises UserError for a value, by its flag, that the command line would not have taken."""
@@ -4003,6 +4003,16 @@ def draw_sweeps(path, rates, sweeps):
     return path
 
 
+def print_suggestion(run, train_epoch):
+    """Print the learning rate that find_lr suggests, and draw its curves to OUT_DIR/lr-finder.png."""
+    if rank_and_ranks()[1] > 1:
+        raise UserError("--find-lr needs a single process, without torchrun")
+    rates, sweeps = find_lr(run, train_epoch)
+    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
+    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
+    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
+
+
 # ---- training/outputs.py: What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json.
 
 COLUMNS = (  # of log.csv
@@ -4044,12 +4054,7 @@ def print_summary(table, args):
 
 def print_lr(run, train_epoch):
     """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
-    if rank_and_ranks()[1] > 1:
-        raise UserError("--find-lr needs a single process, without torchrun")
-    rates, sweeps = find_lr(run, train_epoch)
-    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
-    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
-    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
+    print_suggestion(run, train_epoch)
 
 
 def epoch_line(row, epochs):
@@ -4456,8 +4461,11 @@ def choose_folder(given, *, default_name, default_dir):
         if "run_name" in given or "out_dir" in given:
             raise UserError(f"--resume {resume} writes to that folder: leave out --run-name and --out-dir")
         return folder_to_resume(Path(resume), default_dir), True
+    name = given.get("run_name", default_name)
+    if not Path(name).parts or {*Path(name).parts} & {"..", "/"}:
+        raise UserError(f"--run-name {name!r}: it must be the name of a folder below --out-dir")
     out_dir = Path(given.get("out_dir", default_dir))
-    folder = out_dir / given.get("run_name", default_name)
+    folder = out_dir / name
     if resume:
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
@@ -4476,14 +4484,14 @@ def is_taken(folder):
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def prepare_folder(folder, *, resuming):
-    """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
+def prepare_folder(folder, *, resuming, start_log=None):
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
     make_folder(folder)
-    if resuming or not is_first_rank():
-        return
-    for pattern in WRITTEN:
-        for path in folder.glob(pattern):
-            path.unlink()
+    old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    if start_log:
+        start_log()
+    for path in old:
+        path.unlink()
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if below.is_dir() and not any(below.iterdir()):
             below.rmdir()
@@ -4622,6 +4630,8 @@ def complete_arguments(parser, given, recipe):
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
     if args.dataset == "webdataset" and not (args.epoch_images and args.data_dir and isinstance(args.image_size, int)):
         raise UserError("--dataset webdataset needs --data-dir, --epoch-images and a square --image-size")
+    if len({text.rpartition(":")[0] for text in args.accumulate}) < len(args.accumulate):
+        raise UserError(f"--accumulate {' '.join(args.accumulate)}: two numbers of batches for one epoch")
     args.data_dir = args.data_dir or "datasets"
     if args.lr_scale == "auto":
         args.lr = scaled_rate(args, given, recipe)
@@ -4923,6 +4933,15 @@ def make_average(model, args):
 RECORD = "generated.json"
 
 
+def leave_out(parser, *names):
+    """Take flags away from a parser that have no effect in its script; their defaults remain."""
+    for action in [action for action in parser._actions if action.dest in names]:
+        parser.set_defaults(**{action.dest: action.default})
+        action.container._remove_action(action)
+        for option in action.option_strings:
+            del parser._option_string_actions[option]
+
+
 def read_record(folder):
     """What generate.py noted of the images in a folder, as a dict; empty if they are from elsewhere."""
     path = Path(folder, RECORD)
@@ -4973,13 +4992,6 @@ def open_logger(name, module, run):
     return module.init(project=run.dataset.name, name=title, config=dict(vars(run.args)), resume="allow", **own)
 
 
-def cut_steps(path, *position):
-    """Make steps.csv, or cut it to a position: finished epochs, and steps of the epoch in progress."""
-    rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
-    kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
-    write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
-
-
 class RunLog:
     """The loggers of --log, and steps.csv of --log-steps, of one run (see training/run.py).
 
@@ -4995,16 +5007,21 @@ class RunLog:
         if "trackio" in self.modules and elsewhere:
             raise UserError(f"--log trackio logs on this machine alone: unset {elsewhere[0]}")
 
-    def open(self):
+    def start(self):
         """Begin or continue the logs. Raises UserError if a logger does not start."""
         self.run.log_id = self.run.log_id or secrets.token_hex(4)
-        if self.run.args.log_steps:
-            cut_steps(self.run.folder / "steps.csv", self.run.epoch, self.run.sums["step"])
         for name, module in self.modules.items():
             try:
                 self.loggers[name] = open_logger(name, module, self.run)
             except Exception as error:
-                raise UserError(f"--log {name} does not start: {error}") from error
+                raise UserError(f"--log {name} does not start: {' '.join(str(error).split())}") from error
+
+    def cut_steps(self):
+        """Make steps.csv, or cut it to where the run is."""
+        path, position = self.run.folder / "steps.csv", (self.run.epoch, self.run.sums["step"])
+        rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
+        kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
+        write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
 
     def note(self, sums):
         """Keep what --log-steps says of a step, its loss on the device."""
@@ -5111,9 +5128,9 @@ class Run:
             self.first_epoch = self.epoch
         if (self.args.log or self.args.log_steps) and is_first_rank():
             self.log = RunLog(self)
-        prepare_folder(self.folder, resuming=checkpoint is not None)
-        if self.log:
-            self.log.open()
+        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
+        if self.args.log_steps and self.log:
+            self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:
             write_split(self.folder / "split.csv", self.dataset)
 

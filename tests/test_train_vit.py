@@ -297,6 +297,8 @@ BAD_FLAGS = {
     "nowhere: there is no such folder": ["--dataset", "folder", "--data-dir", "nowhere"],
     "--device abacus": ["--device", "abacus"],
     "--resume nowhere: that is no run's folder, and no last.pt": ["--resume", "nowhere"],
+    "--run-name '': it must be the name of a folder below --out-dir": ["--run-name", ""],
+    "--run-name '../x': it must be the name": ["--run-name", "../x"],
     "--overwrite and --resume exclude each other": ["--resume", "auto", "--overwrite"],
     "--resume there writes to that folder: leave out --run-name": ["--resume", "there", "--run-name", "mine"],
 }

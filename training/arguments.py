@@ -133,6 +133,8 @@ def complete_arguments(parser, given, recipe):
         raise UserError("--dataset folder needs --data-dir, the folder of class folders")
     if args.dataset == "webdataset" and not (args.epoch_images and args.data_dir and isinstance(args.image_size, int)):
         raise UserError("--dataset webdataset needs --data-dir, --epoch-images and a square --image-size")
+    if len({text.rpartition(":")[0] for text in args.accumulate}) < len(args.accumulate):
+        raise UserError(f"--accumulate {' '.join(args.accumulate)}: two numbers of batches for one epoch")
     args.data_dir = args.data_dir or "datasets"
     if args.lr_scale == "auto":
         args.lr = scaled_rate(args, given, recipe)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import statistics
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ from errors import UserError
 from files import make_folder, write_atomically
 from training.device import memory_watched
 from training.loop import new_sums
+from training.ranks import rank_and_ranks
 
 LOWEST, DECADES, DECADE = 1e-7, 8, 12  # a sweep's first learning rate, its decades, and the steps of each
 SWEEP, SWEEPS = DECADES * DECADE + 1, 3  # steps of a sweep; sweeps
@@ -97,3 +100,13 @@ def draw_sweeps(path, rates, sweeps):
     make_folder(path.parent)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path
+
+
+def print_suggestion(run, train_epoch):
+    """Print the learning rate that find_lr suggests, and draw its curves to OUT_DIR/lr-finder.png."""
+    if rank_and_ranks()[1] > 1:
+        raise UserError("--find-lr needs a single process, without torchrun")
+    rates, sweeps = find_lr(run, train_epoch)
+    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
+    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
+    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")

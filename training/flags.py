@@ -62,14 +62,6 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         raise UserError(message + (f"; did you mean {close[0]}?" if close else ""))
 
-    def leave_out(self, *names):
-        """Take flags away that have no effect in this script; their defaults remain."""
-        for action in [action for action in self._actions if action.dest in names]:
-            self.set_defaults(**{action.dest: action.default})
-            action.container._remove_action(action)
-            for option in action.option_strings:
-                del self._option_string_actions[option]
-
     def check_values(self, values):
         """Raises UserError for a value, by its flag, that the command line would not have taken."""
         argv = []

@@ -32,8 +32,11 @@ def choose_folder(given, *, default_name, default_dir):
         if "run_name" in given or "out_dir" in given:
             raise UserError(f"--resume {resume} writes to that folder: leave out --run-name and --out-dir")
         return folder_to_resume(Path(resume), default_dir), True
+    name = given.get("run_name", default_name)
+    if not Path(name).parts or {*Path(name).parts} & {"..", "/"}:
+        raise UserError(f"--run-name {name!r}: it must be the name of a folder below --out-dir")
     out_dir = Path(given.get("out_dir", default_dir))
-    folder = out_dir / given.get("run_name", default_name)
+    folder = out_dir / name
     if resume:
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
@@ -52,14 +55,14 @@ def is_taken(folder):
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def prepare_folder(folder, *, resuming):
-    """Make the run's folder, and remove a run that is to be replaced. Raises UserError if it cannot be written."""
+def prepare_folder(folder, *, resuming, start_log=None):
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
     make_folder(folder)
-    if resuming or not is_first_rank():
-        return
-    for pattern in WRITTEN:
-        for path in folder.glob(pattern):
-            path.unlink()
+    old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    if start_log:
+        start_log()
+    for path in old:
+        path.unlink()
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if below.is_dir() and not any(below.iterdir()):
             below.rmdir()

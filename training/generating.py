@@ -19,6 +19,15 @@ RECORD = "generated.json"
 SHEET = (10, 8)  # at most so many classes, and images of each
 
 
+def leave_out(parser, *names):
+    """Take flags away from a parser that have no effect in its script; their defaults remain."""
+    for action in [action for action in parser._actions if action.dest in names]:
+        parser.set_defaults(**{action.dest: action.default})
+        action.container._remove_action(action)
+        for option in action.option_strings:
+            del parser._option_string_actions[option]
+
+
 def generated_images(model, labels, indices, *, seed, precision, frames=1, **options):
     """Images (frames, B, 3, S, S) uint8 of labels (B,): the last `frames` on the way from noise, None for all.
 

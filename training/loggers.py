@@ -37,13 +37,6 @@ def open_logger(name, module, run):
     return module.init(project=run.dataset.name, name=title, config=dict(vars(run.args)), resume="allow", **own)
 
 
-def cut_steps(path, *position):
-    """Make steps.csv, or cut it to a position: finished epochs, and steps of the epoch in progress."""
-    rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
-    kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
-    write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
-
-
 class RunLog:
     """The loggers of --log, and steps.csv of --log-steps, of one run (see training/run.py).
 
@@ -59,16 +52,21 @@ class RunLog:
         if "trackio" in self.modules and elsewhere:
             raise UserError(f"--log trackio logs on this machine alone: unset {elsewhere[0]}")
 
-    def open(self):
+    def start(self):
         """Begin or continue the logs. Raises UserError if a logger does not start."""
         self.run.log_id = self.run.log_id or secrets.token_hex(4)
-        if self.run.args.log_steps:
-            cut_steps(self.run.folder / "steps.csv", self.run.epoch, self.run.sums["step"])
         for name, module in self.modules.items():
             try:
                 self.loggers[name] = open_logger(name, module, self.run)
             except Exception as error:
-                raise UserError(f"--log {name} does not start: {error}") from error
+                raise UserError(f"--log {name} does not start: {' '.join(str(error).split())}") from error
+
+    def cut_steps(self):
+        """Make steps.csv, or cut it to where the run is."""
+        path, position = self.run.folder / "steps.csv", (self.run.epoch, self.run.sums["step"])
+        rows = re.findall(r"^((\d+),(\d+),.*,.*\n)", path.read_text(), re.M) if path.exists() else []
+        kept = [line for line, epoch, step in rows if (int(epoch) - 1, int(step)) <= position]
+        write_atomically(path, lambda file: file.write("".join(["epoch,step,lr,loss\n", *kept]).encode()))
 
     def note(self, sums):
         """Keep what --log-steps says of a step, its loss on the device."""

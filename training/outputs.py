@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from errors import UserError
 from files import make_folder, write_atomically
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
@@ -60,14 +59,9 @@ def print_summary(table, args):
 
 def print_lr(run, train_epoch):
     """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
-    from training.find_lr import draw_sweeps, find_lr  # only if it is asked for
+    from training.find_lr import print_suggestion  # only if it is asked for
 
-    if rank_and_ranks()[1] > 1:
-        raise UserError("--find-lr needs a single process, without torchrun")
-    rates, sweeps = find_lr(run, train_epoch)
-    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
-    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
-    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
+    print_suggestion(run, train_epoch)
 
 
 def epoch_line(row, epochs):

@@ -43,11 +43,19 @@ def leave_ranks():
 
 
 def from_first_rank(function, *arguments, **options):
-    """What function(*arguments, **options) returns on the first rank, on all of them; it must be picklable."""
+    """What function(*arguments, **options) returns on the first rank, or the UserError that it raises, on all of them.
+
+    It must be picklable.
+    """
     rank, ranks = rank_and_ranks()
-    value = [function(*arguments, **options) if rank == 0 else None]
+    try:
+        value = [function(*arguments, **options) if rank == 0 else None]
+    except UserError as error:
+        value = [error]
     if ranks > 1:
         dist.broadcast_object_list(value)
+    if isinstance(value[0], UserError):
+        raise value[0]
     return value[0]
 
 

@@ -96,9 +96,9 @@ class Run:
             from training.loggers import RunLog  # only if it is asked for
 
             self.log = RunLog(self)
-        prepare_folder(self.folder, resuming=checkpoint is not None)
-        if self.log:
-            self.log.open()
+        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
+        if self.args.log_steps and self.log:
+            self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:
             write_split(self.folder / "split.csv", self.dataset)
 

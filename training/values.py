@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
@@ -37,8 +38,8 @@ def as_epoch_and_count(text):
 
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
-    epoch, count = as_epoch_and_count(text)
-    if epoch < 0 or count < 1:
+    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
+    if count < 1:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 

@@ -47,7 +47,12 @@ def test_flags_that_exclude_a_scaled_rate_are_named(other):
         arguments(train_vit, "--lr-scale", "auto", *other)
 
 
-@pytest.mark.parametrize("value", ["0", "-1:2", "3:", "a", "1.5"])
+@pytest.mark.parametrize("value", ["0", "3:-2", "3:", "a", "1.5"])
 def test_an_accumulation_that_is_none_is_refused(value):
-    with pytest.raises(UserError, match="--accumulate"):
+    with pytest.raises(UserError, match=f"--accumulate: must be K or EPOCH:K with K at least 1, not {value}"):
         arguments(train_vit, "--accumulate", value)
+
+
+def test_two_accumulations_of_one_epoch_are_refused():
+    with pytest.raises(UserError, match="--accumulate 2 3: two numbers of batches for one epoch"):
+        arguments(train_vit, "--accumulate", "2", "0:3")

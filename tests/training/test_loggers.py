@@ -155,8 +155,10 @@ def test_a_logger_that_is_missing_or_does_not_start_is_one_line(folder_flags, tm
         train_vit.main([*folder_flags, "--run-name", "mine", "--overwrite", "--log", "wandb"])
     assert (tmp_path / "runs/mine/result.json").exists()  # not yet overwritten
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **options: 1 / 0))
-    with pytest.raises(UserError, match="--log trackio does not start: division by zero"):
-        train_vit.main([*folder_flags, "--log", "trackio"])
+    for again in ([], ["--run-name", "mine", "--overwrite"]):
+        with pytest.raises(UserError, match="--log trackio does not start: division by zero"):
+            train_vit.main([*folder_flags, "--log", "trackio", *again])
+    assert (tmp_path / "runs/mine/result.json").exists() and (tmp_path / "runs/mine/last.pt").exists()
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/runs")
     with pytest.raises(UserError, match="--log trackio logs on this machine alone: unset TRACKIO_SPACE_ID"):
         train_vit.main([*folder_flags, "--log", "trackio"])

@@ -119,6 +119,14 @@ def test_a_batch_that_the_ranks_cannot_share(images, tmp_path):
     assert process.returncode != 0 and not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_a_mistake_that_the_first_rank_finds_is_a_line_of_each(images, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    process = start("train_vit.py", images, tmp_path)
+    errors = process.communicate(timeout=200)[1]
+    assert errors.count("error: --run-name run:") == 2 and "gloo" not in errors and process.returncode != 0
+
+
 def children(process):
     """The ids of the ranks that a torchrun started."""
     listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
