@@ -21,12 +21,16 @@ def read_range(text, row):
     flag, _, values = text.partition("=")
     name, (low, is_range, high) = flag.lstrip("-").replace("-", "_"), values.partition("..")
     parts = [low, high] if is_range else values.split(",")
+    if high.startswith("."):
+        raise UserError(f"--tune {text}: a range has two dots, {flag}=LOW..HIGH")
     parsed = [given_arguments(script_parser(row.script), [f"{as_flag(name)}={part}"])[name] for part in parts]
     if name in row.given or name in FIXED or flag_kind(name) != "run":
         why = f"row {row.name} gives it itself" if name in row.given else "it must be the same in all trials"
         raise UserError(f"--tune {text}: {as_flag(name)} cannot be searched, {why}")
     numbers = all(isinstance(value, (int, float)) for value in parsed)
-    if not (numbers and parsed[0] < parsed[1] if is_range else len(parts) == len(set(parts)) > 1):
+    if numbers and is_range and parsed[0] >= parsed[1]:
+        raise UserError(f"--tune {text}: LOW must be below HIGH in {flag}=LOW..HIGH")
+    if not (numbers if is_range else len(parts) == len(set(parts)) > 1):
         raise UserError(f"--tune {text}: neither a range {flag}=LOW..HIGH nor choices {flag}=A,B")
     if not is_range:
         return name, "suggest_categorical", {"choices": parts}
