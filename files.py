@@ -1,6 +1,7 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -39,6 +40,11 @@ def write_atomically(path, write, *, previous=None):
         if isinstance(reason, OSError):
             raise UserError(f"{path} cannot be written ({reason.strerror or reason})") from error
         raise
+
+
+def write_json(path, value):
+    """write_atomically of a value as JSON."""
+    write_atomically(path, lambda file: file.write(f"{json.dumps(value, indent=2)}\n".encode()))
 
 
 def make_folder(path):

@@ -9,7 +9,6 @@ flags writes only what is missing. Mix the images into training with --extra-dat
 """
 
 import itertools
-import json
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from errors import UserError, bar_disabled, run_script
-from files import make_folder, write_atomically
+from files import make_folder, write_atomically, write_json
 from maps.commands import checkpoint_parser, open_model
 from maps.images import find_class
 from maps.quality import measure_quality, open_classifier, quality_text
@@ -73,7 +72,7 @@ def begin_folder(out, record):
         reason = f"its images have another {other[0].replace('_', ' ')}" if other else "it is not empty"
         raise UserError(f"--out {out}: {reason}; name another folder")
     make_folder(out)
-    write_atomically(out / RECORD, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_json(out / RECORD, record)
 
 
 def write_images(out, model, names, labels, *, per_class, batch_size, **options):
@@ -128,8 +127,7 @@ def main(argv=None):
         **options,
     }
     begin_folder(out, record)
-    names = [name.replace("/", "-") for name in classes]
-    write_images(out, model, names, labels, per_class=args.per_class or 100, batch_size=args.batch_size, **drawing)
+    write_images(out, model, classes, labels, per_class=args.per_class or 100, batch_size=args.batch_size, **drawing)
     print(out)
     if classifier:
         print(quality_text(measure_quality(out, *classifier)))

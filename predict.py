@@ -8,13 +8,12 @@ python predict.py checkpoints/vit --evaluate elsewhere/ --tta flip
 
 import csv
 import io
-import json
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
 from errors import UserError, aligned, command_line, run_script
-from files import make_folder, write_atomically
+from files import make_folder, write_atomically, write_json
 from maps.commands import checkpoint_parser, open_model
 from maps.draw import draw_evaluation, draw_sheet
 from maps.images import checkpoint_dataset, normalised, pixels_of
@@ -54,8 +53,7 @@ def predict_files(args, checkpoint, model):
         csv.writer(table := io.StringIO(newline=""), lineterminator="\n").writerows([header, *rows])
         write_atomically(args.csv, lambda file: file.write(table.getvalue().encode()))
     if args.json:
-        record = json.dumps([dict(zip(header, row)) for row in rows], indent=1)
-        write_atomically(args.json, lambda file: file.write(record.encode()))
+        write_json(args.json, [dict(zip(header, row)) for row in rows])
     if args.sheet:
         captions, maps = [f"{file.name[:24]}\n{row[1]}" for file, row in zip(files[:64], found)], []
         try:
@@ -95,7 +93,7 @@ def evaluate_predictions(args, checkpoint, model):
     for how, (error, _) in found["calibrations"].items():
         print(f"expected calibration error {error:.4f}, {how}")
     about = {"checkpoint": str(file), "images": str(args.images[0]) if args.images else "test", "left_out": left_out}
-    write_atomically(path, lambda out: out.write(json.dumps(about | found, indent=1).encode()))
+    write_json(path, about | found)
     title = f"{checkpoint['model']} after {checkpoint['epoch']} epochs: accuracy {table[1][1]} on {table[1][3]} images"
     draw_evaluation(path.with_suffix(".png"), title, found, split.images[wrong])
     return [path, path.with_suffix(".png")]

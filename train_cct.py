@@ -22,7 +22,6 @@ from models.attention import ATTENTIONS
 from models.cct import COMPACT_MODELS
 from models.nano import NANO_MODELS
 from models.pretrained import load_published
-from models.summary import summarize
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.policies import POLICIES
 from pipeline.proposals import implied_dataset, proposals_of_images
@@ -133,6 +132,8 @@ def main(argv=None):
     load = partial(load_published, model)
     statistics = start_from_weights(args.init_from, load, checkpoint) if args.init_from else None
     if args.summary:
+        from models.summary import summarize  # only if it is asked for
+
         return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end

@@ -1,6 +1,6 @@
 """Train a model that generates images of a class: a denoising diffusion model (DDPM) or an ACGAN.
 
-    python train_generator.py --dataset shapes                 drawn shapes, half an hour on two CPU cores
+    python train_generator.py --dataset shapes                 drawn shapes, by a small model
     python train_generator.py --dataset shapes --model acgan   the same by an ACGAN
     python train_generator.py --device cuda                    a DDPM of CIFAR-10
 
@@ -89,7 +89,7 @@ MINUS_ONE_TO_ONE = ([0.5] * 3, [0.5] * 3)  # mean and standard deviation that sc
 def generator_parser():
     parser = make_parser("train_generator.py", __doc__, recipes=RECIPES, datasets=DATASETS, policies=POLICIES)
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODEL_FLAGS, metavar="NAME", help="ddpm: slow, varied images; acgan: fast, less varied")
+    add("--model", choices=MODEL_FLAGS, metavar="NAME", help="ddpm: makes an image in many steps; acgan: in one")
     add("--width", type=at_least(8), metavar="N", help="channels at full resolution; fewer are faster")
     add("--depth", type=at_least(1), metavar="N", help="blocks per level of the U-Net")
     add("--drop", type=fraction, metavar="P", help="dropout")

@@ -20,7 +20,6 @@ from models import build_model
 from models.attention2d import ATTENTIONS2D
 from models.pretrained import imagenet_statistics
 from models.resnet import RESNETS, STAGES, load_imagenet_trunk, load_trunk
-from models.summary import summarize
 from models.xresnet import XRESNETS
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
@@ -199,6 +198,8 @@ def main(argv=None):
     print_model(args.model, model, "positions")
     statistics = start_from_trunk(model, args, checkpoint)
     if args.summary:
+        from models.summary import summarize  # only if it is asked for
+
         return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end

@@ -26,7 +26,6 @@ from data import DATASETS, count_classes, dataset_of, describe
 from errors import UserError, run_script
 from models import build_model
 from models.attention import ATTENTIONS
-from models.summary import summarize
 from pipeline.batches import evaluation_batches, training_batches
 from pipeline.imagenette import IMAGENETTES, warn_of_seen_images
 from pipeline.policies import POLICIES
@@ -180,6 +179,8 @@ def main(argv=None):
     print_model(args.model, model, "patches")
     statistics = start_from(model, args, checkpoint) if args.pretrained or args.init_from else None
     if args.summary:
+        from models.summary import summarize  # only if it is asked for
+
         return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
 
     # Data: with validation images, the test set is opened once, at the end

@@ -1,7 +1,6 @@
 """What all benchmarks share. The ways to do a job take turns, round after round; tables and figures show the median
 and the quartiles of the rounds."""
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -11,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from matplotlib.figure import Figure
 
-from files import write_atomically
+from files import write_atomically, write_json
 from training.device import device_name, peak_memory_bytes
 from training.flags import Parser
 from training.values import at_least, positive
@@ -108,5 +107,4 @@ def save_plot(path, figure):
 def write_speeds(path, device, results):
     """Write the results, and what they were measured on, as JSON."""
     machine = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    text = json.dumps({**machine, "torch": torch.__version__, **results}, indent=1)
-    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+    write_json(path, {**machine, "torch": torch.__version__, **results})

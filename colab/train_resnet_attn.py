@@ -60,10 +60,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
 import torch.nn.functional as F
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.nn.utils.parametrizations import spectral_norm
@@ -72,7 +70,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 import torchvision
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -191,6 +188,11 @@ def write_atomically(path, write, *, previous=None):
         if isinstance(reason, OSError):
             raise UserError(f"{path} cannot be written ({reason.strerror or reason})") from error
         raise
+
+
+def write_json(path, value):
+    """write_atomically of a value as JSON."""
+    write_atomically(path, lambda file: file.write(f"{json.dumps(value, indent=2)}\n".encode()))
 
 
 def make_folder(path):
@@ -900,112 +902,6 @@ def build_model(name, num_classes=10, **model_args):
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
     return family[name](num_classes=num_classes, **model_args)
-
-
-# ---- models/summary.py: A table of a model's layers: output shapes, parameters and multiply-adds; and the memory that it takes.
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def output_numbers(model, images):
-    """How many numbers the modules of a model put out for a batch, call by call, without CONTAINERS and the model.
-
-    This is what the tool torchsummary counts; a module that calls others counts too.
-    """
-    counted = []
-
-    def count(module, inputs, output):
-        if module is not model and not isinstance(module, CONTAINERS):
-            counted.append((output[0] if isinstance(output, tuple) else output).numel())
-
-    with torch.no_grad(), register_module_forward_hook(count):
-        model(images)
-    return sum(counted)
-
-
-def saved_bytes(model, images):
-    """The bytes that a training step keeps between its forward and backward pass, without the model's own weights."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(images).sum()  # noqa: F841, it holds what was saved
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in own)
-
-
-def describe_memory(model, input_shape, batch_size):
-    """What a model takes in float32, as text: for one image by torchsummary's rule, and in a training step.
-
-    By that rule the input, every output (twice, since it also has a gradient) and the parameters count. A training step
-    takes the parameters, their gradients, the two moments of Adam, and for each image what the backward pass reads.
-    """
-    trial = copy.deepcopy(model).train()  # its statistics may change
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    two, four = (torch.zeros(n, *input_shape, device=next(model.parameters()).device) for n in (2, 4))
-    per_image = (saved_bytes(trial, four) - saved_bytes(trial, two)) / 2 / 2**20
-    numbers = [two[0].numel(), 2 * output_numbers(trial.eval(), two[:1]), total]
-    sizes = [4 * number / 2**20 for number in numbers]
-    fixed = sizes[2] + 3 * 4 * trained / 2**20
-    return (
-        f"parameters   {trained:,} trained, {total - trained:,} fixed\n"
-        "one image    {:.2f} MiB input, {:.2f} forward and backward, {:.2f} parameters, {:.2f} in all\n"
-        "training     at least {:,.0f} MiB for a batch of {} in float32: {:.2f} per image, {:.2f} for weights and AdamW"
-    ).format(*sizes, sum(sizes), fixed + batch_size * per_image, batch_size, per_image, fixed)
-
-
-def summarize(model, input_shape, *, batch_size=None):
-    """The table as text, with describe_memory's lines if batch_size is given. input_shape is (C, H, W) of one image.
-
-    There is a row for each module without children, for each parameter of a module with children (a positional
-    embedding), and for each module with children that multiplies matrices itself (attention). Multiply-adds are those
-    of the matrix products and convolutions in a forward pass of one image.
-    """
-    shapes, names = {}, {module: name for name, module in model.named_modules()}
-
-    def record(module, inputs, output):
-        shapes[names[module]] = tuple((output[0] if isinstance(output, tuple) else output).shape)
-
-    training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
-    try:
-        # attention written out, since the products of fused kernels are not counted on every device
-        torch.backends.mha.set_fastpath_enabled(False)
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), register_module_forward_hook(record), counter:
-            model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
-    finally:
-        model.train(training)
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-    # a module's own multiply-adds: those counted while it ran, minus those of its descendants; the deepest come first
-    costs = {}
-    for name in sorted(shapes, key=lambda name: name.count(".") + bool(name), reverse=True):
-        counted = counter.get_flop_counts().get(".".join(filter(None, (type(model).__name__, name))), {})
-        below = sum(cost for other, cost in costs.items() if not name or other.startswith(f"{name}."))
-        costs[name] = sum(counted.values()) // 2 - below
-
-    rows = []
-    for name, module in model.named_modules():
-        parameters, leaf = dict(module.named_parameters(recurse=False)), not any(module.children())
-        if not leaf:
-            for own, p in parameters.items():
-                rows.append((f"{name}.{own}".lstrip("."), "parameter", tuple(p.shape), p.numel(), 0))
-        if leaf or (name and costs.get(name)):
-            count = sum(p.numel() for p in parameters.values()) if leaf else 0
-            rows.append((name, type(module).__name__, shapes.get(name, ""), count, costs.get(name, 0)))
-    total = sum(row[3] for row in rows)
-    rows.append(("total", type(model).__name__, shapes[""], total, sum(costs.values())))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{'layer':{width}}  {'kind':18}  {'output shape':18}  {'parameters':>12}  {'multiply-adds':>14}"]
-    for name, kind, shape, count, cost in rows:
-        lines.append(f"{name:{width}}  {kind:18}  {shape!s:18}  {count:12,}  {cost:14,}")
-    if batch_size:
-        lines.append(describe_memory(model, input_shape, batch_size))
-    return "\n".join(lines)
 
 
 # ---- pipeline/augment.py: Random transforms of a batch of images on its device; each image draws its own parameters.
@@ -2485,7 +2381,9 @@ def find_shards(pattern):
     words = {url: {*re.split(r"[\W_\d]+", os.path.basename(url).lower())} for url in urls}
     splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
     if missing := [split for split in ("train", "test") if not splits[split]]:
-        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as {missing[0]}-000.tar")
+        raise UserError(
+            f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {missing[0]}-{{000..099}}.tar"
+        )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
         return splits, wds.gopen(path).read().decode().strip().splitlines()
@@ -2525,8 +2423,9 @@ class Shards(Crops):
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
         if len(urls) < self.ranks:
             raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
-        workers = min(os.cpu_count(), 16) if args.workers is None else args.workers
-        self.workers = min(workers, len(urls) // self.ranks)
+        if args.workers is None:
+            args.workers = min(os.cpu_count(), 16)  # kept in the checkpoint: a resumed run has as many
+        self.workers = min(args.workers, len(urls) // self.ranks)
 
     def hash(self):
         """SHA-256 of the names of the shards: nobody reads them all for it."""
@@ -2581,11 +2480,14 @@ def holds_images(folder):
 def implied_dataset(given):
     """--dataset; without it "folder" if --data-dir holds class folders of images, else None: the recipe says.
 
-    given has the flags on the command line, {name: value}.
+    given has the flags on the command line, {name: value}. Raises UserError for a --data-dir that does not exist,
+    unless --dataset says what to download to it.
     """
     root = Path(given.get("data_dir") or "")
-    if "dataset" in given or not given.get("data_dir") or not root.is_dir():
+    if "dataset" in given or not given.get("data_dir") or given.get("resume", "auto") != "auto":
         return given.get("dataset")
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder; to download images to it, add --dataset cifar10")
     names = subfolders(root)
     if any(PARENT.match(name) for name in names):
         return None
@@ -3378,10 +3280,8 @@ ESSENTIAL = {
 # What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
-    **dict.fromkeys(
-        ("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "sample_epochs", "init_from"), "place"
-    ),
-    **dict.fromkeys(("log", "log_steps"), "place"),
+    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(("log", "log_steps", "sample_epochs"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
@@ -3640,14 +3540,17 @@ def train_one_epoch(
     scaler = precision.scaler
     for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
         optimizer.zero_grad()
+        step_loss = torch.zeros_like(sums["loss"])
         for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
             torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
             with precision.autocast():
                 loss, correct = loss_function(forward, images, labels)  # () and (), as classification_loss
             scaler.scale(loss * weight).backward()
+            step_loss += loss.detach() * weight
             if weight:  # without: an image in place of none, see shared_steps
                 add_batch(sums, loss.detach(), correct, count=len(labels), lr=schedule.get_last_lr()[0])
             sums["step"] += 1
+        sums["last_loss"] = step_loss
         if clip_grad or clip_value:
             scaler.unscale_(optimizer)
         if clip_grad:
@@ -3677,7 +3580,6 @@ def classification_loss(forward, images, labels, *, criterion):
 def add_batch(sums, loss, correct, *, count, lr):
     """Add one batch of `count` images to sums: its mean loss (), its correct images () and its learning rate."""
     sums["loss"] += loss * count
-    sums["last_loss"] = loss
     sums["correct"] += -count if correct is None else correct  # below zero: the loss has no such thing
     sums["images"] += count
     first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()
@@ -3930,10 +3832,7 @@ def smooth(losses, share=0.9):
 
 
 def sweep(run, train_epoch, *, first_epoch):
-    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best.
-
-    Each step is of one batch, whatever --accumulate says.
-    """
+    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best."""
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = LOWEST
     schedule = LambdaLR(run.optimizer, lambda step: 10 ** (step / DECADE))
@@ -3948,8 +3847,7 @@ def sweep(run, train_epoch, *, first_epoch):
         return ended
 
     while not ended:
-        fixed = {"schedule": schedule, "accumulate": ["1"], "after_step": after_step}
-        train_epoch(epoch=first_epoch, sums=new_sums(run.device), **fixed)
+        train_epoch(epoch=first_epoch, sums=new_sums(run.device), schedule=schedule, after_step=after_step)
         first_epoch += 1
     finite = sum(map(math.isfinite, losses))
     return rates[:finite], smooth(losses[:finite])
@@ -4032,26 +3930,6 @@ def print_model(name, model, cells):
     print(f"{name}, {count_parameters(model):,} parameters, a grid of {model.grid[0]} x {model.grid[1]} {cells}")
 
 
-def print_summary(table, args):
-    """Print a model's table, and draw the learning rate of the run that the flags ask for to OUT_DIR/schedule.png."""
-    print(table)
-    path, steps = Path(args.out_dir, "schedule.png"), 50  # steps per epoch, enough for a smooth line
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr, momentum=0.9)
-    schedule, rates = make_schedule(args, optimizer, steps_per_epoch=steps), []
-    for _ in range(args.epochs * steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([step / steps for step in range(len(rates))], rates)
-    axes.set(xlabel="epoch", ylabel="learning rate")
-    axes.grid(alpha=0.3)
-    make_folder(path.parent)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    print(f"its learning rate: {path}")
-
-
 def print_lr(run, train_epoch):
     """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
     print_suggestion(run, train_epoch)
@@ -4073,6 +3951,8 @@ def accuracy_text(result):
     """The accuracy of a finished run, or with --overfit how many images it learnt; of a generator, its loss."""
     if "test_accuracy" not in result:
         return f"training loss {result['train_loss']:.4f} after epoch {result['epochs']}"
+    if result["test_accuracy"] is None:  # --skip-test
+        return f"validation accuracy {result['val_accuracy']:.2%} after epoch {result['epochs']}, without a test"
     if not (count := result["args"].get("overfit")):
         accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
         differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
@@ -4204,8 +4084,7 @@ def write_result(run, **measured):
         "clean": clean,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+    write_json(run.folder / "result.json", result)
     return result
 
 
@@ -4493,17 +4372,19 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for path in old:
         path.unlink()
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
-        if below.is_dir() and not any(below.iterdir()):
+        if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
 
 
-def finished_result(folder):
-    """A finished run's results, printed and returned; None if it is not finished."""
+def finished_result(folder, *, skip_test):
+    """A finished run's results, printed and returned; None if it is not finished, or if its test is still to come."""
     path = folder / "result.json"
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_text())
+        if result.get("test_accuracy", 0) is None and not skip_test:
+            return None
         print(f"{folder} is finished: {accuracy_text(result)}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
@@ -4512,6 +4393,7 @@ def finished_result(folder):
 
 # ---- training/arguments.py: How the defaults, a recipe, the command line and a resumed run combine to the arguments of a run.
 
+NOT_WITH_FIND_LR = ("summary", "resume", "overwrite", "accumulate", "minutes", "skip_test", "log", "log_steps")
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
@@ -4581,7 +4463,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
-    if "find_lr" in given and (others := [name for name in ("summary", "resume", "overwrite") if name in given]):
+    if "find_lr" in given and (others := [name for name in NOT_WITH_FIND_LR if name in given]):
         raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
@@ -4604,7 +4486,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
-    if result := finished_result(folder):
+    if result := finished_result(folder, skip_test=given.get("skip_test")):
         return start._replace(result=result)
     return start._replace(args=args, folder=folder, checkpoint=checkpoint)
 
@@ -4646,9 +4528,7 @@ def scaled_rate(args, given, recipe):
     if "lr" in given:
         raise UserError("--lr-scale auto and --lr exclude each other: the one computes what the other gives")
     if len(args.accumulate) > 1:
-        raise UserError(
-            f"--lr-scale auto and --accumulate {' '.join(args.accumulate)} exclude each other: one batch size"
-        )
+        raise UserError(f"--lr-scale auto needs one batch size; --accumulate {' '.join(args.accumulate)} has several")
     batch = args.batch_size * batches_per_step(args.accumulate, 0)
     ratio = batch / recipe["batch_size"]
     how, factor = ("", ratio) if args.opt == "sgd" else ("the square root of ", math.sqrt(ratio))
@@ -4685,7 +4565,12 @@ def resumed_arguments(parser, given, checkpoint, folder):
 
     Arguments that are newer than the checkpoint take their defaults. Raises UserError for one that may not change.
     """
-    saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
+
+    def kind(name):
+        in_order = name == "workers" and checkpoint["args"]["dataset"] == "webdataset"  # its order depends on them
+        return "run" if in_order else flag_kind(name)
+
+    saved = {name: value for name, value in checkpoint["args"].items() if kind(name) in ("run", "place")}
     saved = vars(parser.parse_args([])) | saved
     if is_own_class(saved.get("attention")):
         saved["attention"] = confirmed_attention(saved["attention"], given.get("attention"), f"--resume {folder}")
@@ -4693,13 +4578,13 @@ def resumed_arguments(parser, given, checkpoint, folder):
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
         for name, value in given.items()
-        if flag_kind(name) == "run" and saved[name] != value
+        if kind(name) == "run" and saved[name] != value
     ]
     if different:
         if "epochs" in given and "init_from" in saved:
             different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
-    return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})
+    return argparse.Namespace(**saved | {name: value for name, value in given.items() if kind(name) != "run"})
 
 
 # ---- training/profiling.py: Where the time of ten steps goes, by torch.profiler.
@@ -4876,7 +4761,7 @@ class Watch:
         if bad_step >= 0:
             raise UserError(
                 f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{sums['bad_lr'].item():.3g}; the checkpoints hold earlier weights; try a lower --lr or --clip-grad 1"
+                f"{sums['bad_lr'].item():.3g}; what was saved before is kept; try a lower --lr or --clip-grad 1"
             )
         loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}" + ("" if accuracy is None else f", {accuracy:.1%}"), refresh=False)
@@ -5121,7 +5006,8 @@ class Run:
         """
         needing = "--skip-test" if self.args.skip_test else f"--patience {self.args.patience}"
         if (self.args.skip_test or self.args.patience) and not self.dataset.val:
-            raise UserError(f"{needing} needs validation images: --val-fraction 0.1")
+            how = "shards with val in their names" if self.args.dataset == "webdataset" else "--val-fraction 0.1"
+            raise UserError(f"{needing} needs validation images: {how}")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
@@ -5215,15 +5101,20 @@ class Run:
     def finish(self, test):
         """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
 
-        Prints what the folder holds, and returns what result.json holds; with --skip-test, does none of this.
+        Prints what the folder holds, and returns what result.json holds. With --skip-test, there is no test in it.
         """
         if self.epoch < self.args.epochs:
             print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         if self.args.skip_test:
+            result = write_result(self, test_accuracy=None)
+            print(accuracy_text(result))
+            print(f"open the test set: python {self.script} --resume {folder}{self.attention_again}")
+            if self.log:
+                self.log.close()
             leave_ranks()
-            return print(f"validation accuracy {self.history[-1]['val_accuracy']:.2%}; the test set stays shut")
+            return result
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         averaged = model is not self.model
@@ -5245,6 +5136,9 @@ class Run:
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the last weights, without averaging")
+            updates = self.schedule.last_epoch / batches_per_step(self.args.accumulate, 0)
+            if (initial := self.args.model_ema_decay**updates) > 0.01:
+                print(f"warning: the average still has {initial:.0%} of the first weights: lower --model-ema-decay")
         if self.log:
             self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:
@@ -5461,9 +5355,6 @@ def main(argv=None):
     model = build_model(args.model, **start.model_args(count_classes(args.dataset, args.data_dir))).to(device)
     print_model(args.model, model, "positions")
     statistics = start_from_trunk(model, args, checkpoint)
-    if args.summary:
-        return print_summary(summarize(model, start.input_shape(), batch_size=args.batch_size), args)
-
     # Data: with validation images, the test set is opened once, at the end
     dataset = first_rank_first(dataset_of, args, statistics)
     print(describe(dataset))

@@ -1,7 +1,7 @@
 """Engines: a plan's runs on a cluster, by submitit (SLURM) or Ray. campaign.py remains the ledger."""
 
-import contextlib
 import argparse
+import contextlib
 import json
 import math
 import os

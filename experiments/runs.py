@@ -14,7 +14,8 @@ from training.flags import flag_kind
 RESULT_KEYS = {  # the keys of a result that this folder uses, with their types
     **dict.fromkeys(("script", "dataset_name", "data_hash", "device", "precision"), str),
     **dict.fromkeys(("params", "epochs", "seed"), int),
-    **{"args": dict, "test_accuracy": (int, float), "val_accuracy": (int, float, type(None)), "seconds": (int, float)},
+    **dict.fromkeys(("test_accuracy", "val_accuracy"), (int, float, type(None))),
+    **{"args": dict, "seconds": (int, float)},
 }
 OTHER_RESULTS = ("maps", "speed")  # folders of results/ that hold no runs
 
@@ -31,6 +32,10 @@ class Group(NamedTuple):
     name: str
     runs: list[MeasuredRun]
     published: str | None = None  # the accuracy that others report
+
+    @property
+    def has_folds(self):
+        return any(run.result["args"].get("folds") for run in self.runs)
 
     def accuracies(self, by):
         """{seed: accuracy as a fraction} of the runs that have it; `by` is "test" (the last epoch's) or "val"."""

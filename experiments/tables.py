@@ -49,7 +49,7 @@ def group_cells(group, by):
     if values:
         mean, deviation, interval = summarise(values)
         cells[f"{by} accuracy"] = percent(mean) + (f" ± {percent(deviation)} %" if len(values) > 1 else " %")
-        cells["95 % interval"] = interval_text(interval)
+        cells["95 % interval"] = interval_text(None if group.has_folds else interval)
         cells["N"] = str(len(values))
     elif not results:
         cells[f"{by} accuracy"] = "not measured yet"
@@ -80,6 +80,10 @@ def comparison_table(pairs, *, by="test", layout=aligned):
         datasets = {run.result["dataset_name"] for run in group.runs + base.runs}
         if len(datasets) > 1:
             text += f"\n{group.name} and {base.name} are not compared: {' and '.join(sorted(datasets))}"
+            continue
+        if group.has_folds or base.has_folds:
+            difference = f"{100 * comparison.difference:+.2f} points"
+            text += f"\n{group.name} - {base.name}: {difference}, without p: folds share their training images"
             continue
         names.append((f"{group.name} - {base.name}", "paired" if paired else "unpaired"))
         comparisons.append(comparison)
@@ -141,7 +145,7 @@ def scored_groups(groups):
     scored = [
         (group, statistics.fmean(group.accuracies("test").values()), group.runs[0].result["params"])
         for group in groups
-        if group.runs[0].result["dataset_name"] == "cifar100"
+        if group.runs[0].result["dataset_name"] == "cifar100" and group.accuracies("test")
     ]
     return sorted(scored, key=lambda entry: -parameter_score(*entry[1:]))
 

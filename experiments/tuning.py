@@ -81,6 +81,7 @@ def do_trial(study, number, ranges, job, lock, args, deadline):
         trial.set_user_attr("state", f"failed, exit code {code}")
     if code != 0:  # the sampler takes a failed trial, say one whose loss was not finite, as worse than the others
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        print(f"trial {number} is ended: " + ("it failed" if code else "worse than the median of the others (pruned)"))
     elif time.monotonic() < deadline:
         study.tell(trial, accuracies[max(accuracies)])
     if code and not folder.exists():
@@ -115,6 +116,9 @@ def tune_plan(plans, args, again, deadline):
     shown = [text + " (log scale)" * options.get("log", False) for text, (*_, options) in zip(texts, ranges)]
     search = f"{shlex.join([row.script, *row.arguments])} with {', '.join(shown)} by TPE, seeded with the trial number"
     study = open_study(path, search, arguments["epochs"])
+    if (tested := study.user_attrs.get("tested", args.trials)) < args.trials:
+        anew = f"to search anew, delete {path.parent}"
+        raise UserError(f"--trials {args.trials}: the test set has been opened for the best of {tested}; {anew}")
     print(f"{args.trials} trials of {search}, in {path}")
     while len(study.trials) < args.trials:
         study.ask()  # if two processes do so at once, those beyond args.trials stay unused
@@ -136,6 +140,7 @@ def tune_plan(plans, args, again, deadline):
     if trials[0].state.name != "COMPLETE":
         raise UserError(f"--tune: none of {done} trials was finished")
     best = [*row.arguments, *(f"{as_flag(name)}={value}" for name, value in trials[0].params.items())]
+    study.set_user_attr("tested", done)
     row = row._replace(name=f"{row.name}-tuned", arguments=best, given=given_arguments(script_parser(row.script), best))
     title = f"{plan.title}: best of {done} trials on validation images"
     return [plan._replace(title=title, rows=[row], measurements=[])]

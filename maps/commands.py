@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from errors import UserError, aligned, bar_disabled
-from files import make_folder, write_atomically
+from files import make_folder, write_json
 from maps.draw import draw_deletion_curves
 from maps.evaluate import baselines, evaluate
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
@@ -157,7 +157,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
             table, curves = before["scores"] | table, before["curves"] | curves
     record |= {"scores": table, "curves": curves}
     print(scores_text(table))
-    write_atomically(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_json(path, record)
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     return [path, out / "deletion.png"]

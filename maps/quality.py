@@ -1,6 +1,5 @@
 """How good generated images are: in the features of a classifier that was trained on real ones, and beside these."""
 
-import json
 import warnings
 
 import torch
@@ -9,7 +8,7 @@ from torchvision.utils import make_grid
 
 from data import Split
 from errors import UserError, aligned, import_optional
-from files import write_atomically
+from files import write_json
 from maps.draw import save_figure, subplots
 from maps.images import checkpoint_dataset, images_at
 from maps.predictions import predict_logits
@@ -51,7 +50,7 @@ def measure_quality(folder, checkpoint, model, dataset):
         scores[name]["recognised"] = (logits.argmax(1) == sets[name].labels).double().mean().item()
     draw_nearest(folder / "nearest.png", generated, dataset)
     record = {"classifier": checkpoint["model"], "trained_on": dataset.train.hash(), "images": count, "scores": scores}
-    write_atomically(folder / "quality.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_json(folder / "quality.json", record)
     return scores
 
 

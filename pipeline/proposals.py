@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from pipeline.folders import EXTENSIONS, SPLITS, find_splits, list_images, subfolders
 from pipeline.large import upright_size
 
@@ -24,11 +25,14 @@ def holds_images(folder):
 def implied_dataset(given):
     """--dataset; without it "folder" if --data-dir holds class folders of images, else None: the recipe says.
 
-    given has the flags on the command line, {name: value}.
+    given has the flags on the command line, {name: value}. Raises UserError for a --data-dir that does not exist,
+    unless --dataset says what to download to it.
     """
     root = Path(given.get("data_dir") or "")
-    if "dataset" in given or not given.get("data_dir") or not root.is_dir():
+    if "dataset" in given or not given.get("data_dir") or given.get("resume", "auto") != "auto":
         return given.get("dataset")
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder; to download images to it, add --dataset cifar10")
     names = subfolders(root)
     if any(PARENT.match(name) for name in names):
         return None

@@ -46,7 +46,9 @@ def find_shards(pattern):
     words = {url: {*re.split(r"[\W_\d]+", os.path.basename(url).lower())} for url in urls}
     splits = {split: [url for url in urls if words[url] & {*names}] for split, names in SPLITS.items()}
     if missing := [split for split in ("train", "test") if not splits[split]]:
-        raise UserError(f"--data-dir {pattern}: no file with {missing[0]} in its name, as {missing[0]}-000.tar")
+        raise UserError(
+            f"--data-dir {pattern}: no file with {missing[0]} in its name, as in {missing[0]}-{{000..099}}.tar"
+        )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
         return splits, wds.gopen(path).read().decode().strip().splitlines()
@@ -86,8 +88,9 @@ class Shards(Crops):
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
         if len(urls) < self.ranks:
             raise UserError(f"--data-dir {args.data_dir}: {len(urls)} shards are too few for {self.ranks} processes")
-        workers = min(os.cpu_count(), 16) if args.workers is None else args.workers
-        self.workers = min(workers, len(urls) // self.ranks)
+        if args.workers is None:
+            args.workers = min(os.cpu_count(), 16)  # kept in the checkpoint: a resumed run has as many
+        self.workers = min(args.workers, len(urls) // self.ranks)
 
     def hash(self):
         """SHA-256 of the names of the shards: nobody reads them all for it."""

@@ -53,8 +53,15 @@ def test_everything_at_once_resumes_to_the_bit(cct_flags, tmp_path):
         assert all(torch.equal(a[key], b[key]) for a, b in states for key in a)
 
 
+def test_an_average_that_has_hardly_moved_is_named(cct_flags, capsys):
+    result = train_cct.main([*cct_flags, "--model-ema-decay", "0.99"])
+    steps = result["epochs"] * -(-result["images"]["train"] // result["args"]["batch_size"])
+    assert f"the average still has {0.99**steps:.0%} of the first weights: lower --model-ema" in capsys.readouterr().out
+
+
 def test_a_checkpoint_is_rebuilt_with_the_weights_that_were_judged(cct_flags, tmp_path, capsys):
     train_cct.main([*cct_flags, "--model-ema-decay", "0.5"])
+    assert "of the first weights" not in capsys.readouterr().out
     checkpoint = load_checkpoint(tmp_path / "runs" / "cct_2_3x2")
     weights = rebuild_model(checkpoint, build_model).state_dict()
     assert all(torch.equal(weights[name], checkpoint["ema"][name]) for name in weights)

@@ -146,7 +146,10 @@ def test_a_classifier_says_how_good_they_are(ddpm, folder_flags, tmp_path, capsy
     out = generate.main([*make, "--classifier", str(tmp_path / "runs" / "vit")])
     found = json.loads((out / "quality.json").read_text())
     assert found["images"] == 12 and found["scores"].keys() == {"training images", "generated images"}
-    assert 0 <= found["scores"]["generated images"]["recognised"] <= 1
+    predict.main([str(tmp_path / "runs" / "vit"), str(out), "--json", str(tmp_path / "found.json"), "--device", "cpu"])
+    rows = json.loads((tmp_path / "found.json").read_text())
+    right = sum(row["class_1"] == Path(row["image"]).parent.name for row in rows)
+    assert found["scores"]["generated images"]["recognised"] == pytest.approx(right / 12)
     assert (out / "nearest.png").exists() and "generated images" in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY, error_line, run_train_vit, same_weights, write_images
 from PIL import Image
 
+import compare
 import models.vit
 import train_cct
 import train_resnet_attn
@@ -183,11 +184,14 @@ def test_skip_test_leaves_the_test_set_shut_until_the_run_is_resumed(folder_flag
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("training.run.validate", None)  # of the test images; the epochs have their own
-        assert train_vit.main([*flags, "--run-name", "shut", "--skip-test"]) is None
+        shut = train_vit.main([*flags, "--run-name", "shut", "--skip-test"])
+        assert train_vit.main(["--resume", str(folder), "--skip-test"]) == shut
     said = capsys.readouterr().out
-    assert f"validation accuracy {whole['val_accuracy']:.2%}; the test set stays shut" in said
-    assert "test accuracy" not in said
-    assert not {"result.json", "predictions.npz"} & {path.name for path in folder.iterdir()}
+    assert said.count(f"validation accuracy {whole['val_accuracy']:.2%} after epoch 2, without a test\n") == 2
+    assert f"open the test set: python train_vit.py --resume {folder}\n" in said and "test accuracy" not in said
+    assert not (folder / "predictions.npz").exists() and shut["test_accuracy"] is None
+    compare.main([str(folder), str(tmp_path / "runs" / "whole"), "--by", "val"])
+    assert f"{100 * whole['val_accuracy']:.2f} %" in capsys.readouterr().out
     assert train_vit.main(["--resume", str(folder)])["test_accuracy"] == whole["test_accuracy"]
     with pytest.raises(UserError, match="--skip-test needs validation images: --val-fraction 0.1"):
         train_vit.main([*folder_flags, "--skip-test"])

@@ -13,6 +13,7 @@ from training.loop import batches_per_step
 from training.ranks import from_first_rank, join_ranks
 from training.values import is_own_class
 
+NOT_WITH_FIND_LR = ("summary", "resume", "overwrite", "accumulate", "minutes", "skip_test", "log", "log_steps")
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
@@ -84,7 +85,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
-    if "find_lr" in given and (others := [name for name in ("summary", "resume", "overwrite") if name in given]):
+    if "find_lr" in given and (others := [name for name in NOT_WITH_FIND_LR if name in given]):
         raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
@@ -107,7 +108,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
-    if result := finished_result(folder):
+    if result := finished_result(folder, skip_test=given.get("skip_test")):
         return start._replace(result=result)
     return start._replace(args=args, folder=folder, checkpoint=checkpoint)
 
@@ -149,9 +150,7 @@ def scaled_rate(args, given, recipe):
     if "lr" in given:
         raise UserError("--lr-scale auto and --lr exclude each other: the one computes what the other gives")
     if len(args.accumulate) > 1:
-        raise UserError(
-            f"--lr-scale auto and --accumulate {' '.join(args.accumulate)} exclude each other: one batch size"
-        )
+        raise UserError(f"--lr-scale auto needs one batch size; --accumulate {' '.join(args.accumulate)} has several")
     batch = args.batch_size * batches_per_step(args.accumulate, 0)
     ratio = batch / recipe["batch_size"]
     how, factor = ("", ratio) if args.opt == "sgd" else ("the square root of ", math.sqrt(ratio))
@@ -188,7 +187,12 @@ def resumed_arguments(parser, given, checkpoint, folder):
 
     Arguments that are newer than the checkpoint take their defaults. Raises UserError for one that may not change.
     """
-    saved = {name: value for name, value in checkpoint["args"].items() if flag_kind(name) in ("run", "place")}
+
+    def kind(name):
+        in_order = name == "workers" and checkpoint["args"]["dataset"] == "webdataset"  # its order depends on them
+        return "run" if in_order else flag_kind(name)
+
+    saved = {name: value for name, value in checkpoint["args"].items() if kind(name) in ("run", "place")}
     saved = vars(parser.parse_args([])) | saved
     if is_own_class(saved.get("attention")):
         from training.own import confirmed_attention  # only if it is asked for
@@ -198,10 +202,10 @@ def resumed_arguments(parser, given, checkpoint, folder):
     different = [
         f"{as_flag(name)} is {saved[name]} there and {value} here"
         for name, value in given.items()
-        if flag_kind(name) == "run" and saved[name] != value
+        if kind(name) == "run" and saved[name] != value
     ]
     if different:
         if "epochs" in given and "init_from" in saved:
             different.append(f"to train its weights for longer, start a new run, its flags and --init-from {folder}")
         raise UserError(f"--resume {folder} is another run: {'; '.join(different)}")
-    return argparse.Namespace(**saved | {name: value for name, value in given.items() if flag_kind(name) != "run"})
+    return argparse.Namespace(**saved | {name: value for name, value in given.items() if kind(name) != "run"})

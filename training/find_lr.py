@@ -29,10 +29,7 @@ def smooth(losses, share=0.9):
 
 
 def sweep(run, train_epoch, *, first_epoch):
-    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best.
-
-    Each step is of one batch, whatever --accumulate says.
-    """
+    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best."""
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = LOWEST
     schedule = LambdaLR(run.optimizer, lambda step: 10 ** (step / DECADE))
@@ -47,8 +44,7 @@ def sweep(run, train_epoch, *, first_epoch):
         return ended
 
     while not ended:
-        fixed = {"schedule": schedule, "accumulate": ["1"], "after_step": after_step}
-        train_epoch(epoch=first_epoch, sums=new_sums(run.device), **fixed)
+        train_epoch(epoch=first_epoch, sums=new_sums(run.device), schedule=schedule, after_step=after_step)
         first_epoch += 1
     finite = sum(map(math.isfinite, losses))
     return rates[:finite], smooth(losses[:finite])

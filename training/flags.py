@@ -19,10 +19,8 @@ ESSENTIAL = {
 # What a flag is; if not listed, a part of the run: a resumed run must agree with it, and so must results of one group
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
-    **dict.fromkeys(
-        ("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "sample_epochs", "init_from"), "place"
-    ),
-    **dict.fromkeys(("log", "log_steps"), "place"),
+    **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
+    **dict.fromkeys(("log", "log_steps", "sample_epochs"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start

@@ -64,17 +64,19 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for path in old:
         path.unlink()
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
-        if below.is_dir() and not any(below.iterdir()):
+        if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
 
 
-def finished_result(folder):
-    """A finished run's results, printed and returned; None if it is not finished."""
+def finished_result(folder, *, skip_test):
+    """A finished run's results, printed and returned; None if it is not finished, or if its test is still to come."""
     path = folder / "result.json"
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_text())
+        if result.get("test_accuracy", 0) is None and not skip_test:
+            return None
         print(f"{folder} is finished: {accuracy_text(result)}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error

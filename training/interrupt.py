@@ -148,7 +148,7 @@ class Watch:
         if bad_step >= 0:
             raise UserError(
                 f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{sums['bad_lr'].item():.3g}; the checkpoints hold earlier weights; try a lower --lr or --clip-grad 1"
+                f"{sums['bad_lr'].item():.3g}; what was saved before is kept; try a lower --lr or --clip-grad 1"
             )
         loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}" + ("" if accuracy is None else f", {accuracy:.1%}"), refresh=False)

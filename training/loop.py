@@ -72,14 +72,17 @@ def train_one_epoch(
     scaler = precision.scaler
     for parts in shared_steps(batches, epoch, sums["step"], accumulate=batches_per_step(accumulate, epoch)):
         optimizer.zero_grad()
+        step_loss = torch.zeros_like(sums["loss"])
         for images, labels, weight in synchronise_last(parts, forward):  # (B, 3, H, W); (B,), or (B, classes) if mixed
             torch.manual_seed(seed_for("dropout", seed, epoch, sums["step"], *rank_words()))
             with precision.autocast():
                 loss, correct = loss_function(forward, images, labels)  # () and (), as classification_loss
             scaler.scale(loss * weight).backward()
+            step_loss += loss.detach() * weight
             if weight:  # without: an image in place of none, see shared_steps
                 add_batch(sums, loss.detach(), correct, count=len(labels), lr=schedule.get_last_lr()[0])
             sums["step"] += 1
+        sums["last_loss"] = step_loss
         if clip_grad or clip_value:
             scaler.unscale_(optimizer)
         if clip_grad:
@@ -109,7 +112,6 @@ def classification_loss(forward, images, labels, *, criterion):
 def add_batch(sums, loss, correct, *, count, lr):
     """Add one batch of `count` images to sums: its mean loss (), its correct images () and its learning rate."""
     sums["loss"] += loss * count
-    sums["last_loss"] = loss
     sums["correct"] += -count if correct is None else correct  # below zero: the loss has no such thing
     sums["images"] += count
     first_bad = (sums["bad_step"] < 0) & ~loss.isfinite()

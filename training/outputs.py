@@ -4,7 +4,6 @@ import csv
 import datetime
 import io
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from files import make_folder, write_atomically
+from files import make_folder, write_atomically, write_json
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
 from training.optimizer import make_schedule
@@ -80,6 +79,8 @@ def accuracy_text(result):
     """The accuracy of a finished run, or with --overfit how many images it learnt; of a generator, its loss."""
     if "test_accuracy" not in result:
         return f"training loss {result['train_loss']:.4f} after epoch {result['epochs']}"
+    if result["test_accuracy"] is None:  # --skip-test
+        return f"validation accuracy {result['val_accuracy']:.2%} after epoch {result['epochs']}, without a test"
     if not (count := result["args"].get("overfit")):
         accuracy, balanced = result["test_accuracy"], result.get("test_balanced_accuracy")  # older results have none
         differs = balanced is not None and not math.isclose(accuracy, balanced)  # so the classes are unbalanced
@@ -211,6 +212,5 @@ def write_result(run, **measured):
         "clean": clean,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+    write_json(run.folder / "result.json", result)
     return result

@@ -20,7 +20,7 @@ from training.checkpoint import (
 )
 from training.device import peak_memory_bytes
 from training.folder import prepare_folder
-from training.loop import loss_and_accuracy, new_sums, validate
+from training.loop import batches_per_step, loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
     accuracy_text,
@@ -87,7 +87,8 @@ class Run:
         """
         needing = "--skip-test" if self.args.skip_test else f"--patience {self.args.patience}"
         if (self.args.skip_test or self.args.patience) and not self.dataset.val:
-            raise UserError(f"{needing} needs validation images: --val-fraction 0.1")
+            how = "shards with val in their names" if self.args.dataset == "webdataset" else "--val-fraction 0.1"
+            raise UserError(f"{needing} needs validation images: {how}")
         if checkpoint:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
@@ -183,15 +184,20 @@ class Run:
     def finish(self, test):
         """Evaluate the last epoch's weights on the test batches; write predictions.npz and result.json.
 
-        Prints what the folder holds, and returns what result.json holds; with --skip-test, does none of this.
+        Prints what the folder holds, and returns what result.json holds. With --skip-test, there is no test in it.
         """
         if self.epoch < self.args.epochs:
             print(f"no better validation accuracy in --patience {self.args.patience} epochs: stopped early")
             self.write()
         folder, model = self.folder, self.evaluated_model
         if self.args.skip_test:
+            result = write_result(self, test_accuracy=None)
+            print(accuracy_text(result))
+            print(f"open the test set: python {self.script} --resume {folder}{self.attention_again}")
+            if self.log:
+                self.log.close()
             leave_ranks()
-            return print(f"validation accuracy {self.history[-1]['val_accuracy']:.2%}; the test set stays shut")
+            return result
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
         averaged = model is not self.model
@@ -213,6 +219,9 @@ class Run:
         print(accuracy_text(result))
         if raw is not None:
             print(f"test accuracy {raw:.2%} of the last weights, without averaging")
+            updates = self.schedule.last_epoch / batches_per_step(self.args.accumulate, 0)
+            if (initial := self.args.model_ema_decay**updates) > 0.01:
+                print(f"warning: the average still has {initial:.0%} of the first weights: lower --model-ema-decay")
         if self.log:
             self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,23 @@ def plan(tmp_path):
 def lines_of(capsys, *argv):
     compare.main(list(map(str, argv)))
     return capsys.readouterr().out.splitlines()
+
+
+def test_folds_have_no_interval_and_no_p(tmp_path, capsys):
+    folds = {"dataset": "folder", "folds": 5}
+    for seed in range(5):
+        write_measured(tmp_path, "folds/plain", seed, 0.5 + seed / 100, args=folds)
+        write_measured(tmp_path, "folds/better", seed, 0.6 + seed / 100, args=folds | {"lr": 0.2})
+    said = "\n".join(lines_of(capsys, "plain", "better", "--results", tmp_path))
+    assert "folds/better - folds/plain: +10.00 points, without p: folds share their training images" in said
+    assert "verdict" not in said and "permutation" not in said and re.search(r"52\.00 ± 1\.58 % +- +5", said)
+
+
+def test_a_run_without_a_test_counts_by_its_validation_images_alone(tmp_path, capsys):
+    write_measured(tmp_path, "shut", 0, None, val_accuracy=0.7, dataset="cifar100")
+    assert "70.00 %" in lines_of(capsys, "--results", tmp_path, "--by", "val")[1]
+    assert "%" not in lines_of(capsys, "--results", tmp_path)[1]
+    assert not any("shut" in line for line in lines_of(capsys, "--results", tmp_path, "--score"))
 
 
 # Statistics

@@ -104,10 +104,14 @@ def calls():
     return [(line.split()[0], float(line.split()[1])) for line in lines]
 
 
-def trials(folder="checkpoints/p/tune-one"):
+def study(folder="checkpoints/p/tune-one"):
     path = f"{folder}/study.jsonl"
     backend = optuna.storages.journal.JournalFileBackend(path, optuna.storages.journal.JournalFileOpenLock(path))
-    return optuna.load_study(study_name="tune", storage=optuna.storages.JournalStorage(backend)).trials
+    return optuna.load_study(study_name="tune", storage=optuna.storages.JournalStorage(backend))
+
+
+def trials(*folder):
+    return study(*folder).trials
 
 
 def states(*found):
@@ -149,11 +153,12 @@ def test_the_best_values_are_trained_anew_and_only_then_is_the_test_set_opened(w
     assert all(float(accuracy) == pytest.approx(100 * float(good), abs=0.01) for _, good, _, accuracy in table)
     assert "TPE, seeded with the trial number" in before
     assert "TPE, seeded with the trial number" in Path("checkpoints/p/tune-one/study.jsonl").read_text()
-    # the same command does nothing more, and more trials go on from there
+    # the same command does nothing more, and more trials would choose by that test
     campaign.main([*TUNE, "4"])
     assert calls() == [] and "best of 4 trials" in capfd.readouterr().out
-    campaign.main([*TUNE, "5"])
-    assert calls()[0][0] == "trial-4-seed-0" and len(trials()) == 5
+    with pytest.raises(UserError, match="^--trials 5: the test set has been opened for the best of 4; to search anew,"):
+        campaign.main([*TUNE, "5"])
+    assert calls() == [] and len(trials()) == 4
 
 
 def test_the_seeds_of_the_plan_are_for_the_best_values(workplace):
@@ -168,6 +173,7 @@ def test_values_follow_from_the_trials_number_and_what_is_known(workplace):
     whole = [good for name, good in calls() if "trial" in name]
     for number in (4, 11, 13):
         campaign.main([*TUNE, str(number)])
+        study().set_user_attr("tested", 13)  # as if it had been stopped before its test
     parts = [good for name, good in calls() if "trial" in name]
     assert parts == whole and len(set(whole)) == 13
 
@@ -244,7 +250,8 @@ def test_a_trial_below_the_median_is_stopped_early(workplace, capfd):
         assert trial.state.name == ("PRUNED" if worse else "COMPLETE")
         assert trial.last_step < 3 if worse else trial.last_step == 3
     assert {"PRUNED", "COMPLETE"} == set(states(*found))
-    assert re.search(r"% +[12]  pruned$", capfd.readouterr().out, re.M)
+    said = capfd.readouterr().out
+    assert re.search(r"% +[12]  pruned$", said, re.M) and " is ended: worse than the median of the others" in said
 
 
 def test_a_failed_trial_counts_and_one_that_cannot_begin_stops_the_search(workplace, capfd):

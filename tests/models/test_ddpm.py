@@ -131,7 +131,7 @@ def test_guidance_lies_on_the_line_through_both_predictions():
     for guidance in (0.0, 1.0, 3.0):
         predicted = without + guidance * (with_class - without)
         expected = ((noise - (1 - share) ** 0.5 * predicted) / share**0.5).clamp(-1, 1)
-        torch.testing.assert_close(image(guidance), expected)
+        torch.testing.assert_close(image(guidance), expected, rtol=0, atol=1e-4)  # 1 / share**0.5 is large
     torch.testing.assert_close(image(0.0), image(1.0, torch.tensor([-1, -1])))
 
 

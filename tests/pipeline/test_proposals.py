@@ -32,7 +32,10 @@ def test_a_folder_of_class_folders_is_meant_by_its_name_alone(tmp_path, datasets
     write_images(tmp_path / "split" / "Training")
     assert implied(tmp_path / "split") == "folder"
     assert implied(tmp_path / "pets", dataset="cifar10") == "cifar10"
-    assert implied_dataset({}) is implied_dataset({"data_dir": None}) is None and implied(tmp_path / "nowhere") is None
+    assert implied_dataset({}) is implied_dataset({"data_dir": None}) is None
+    assert implied(tmp_path / "nowhere", dataset="cifar10") == "cifar10"
+    with pytest.raises(UserError, match="nowhere: there is no such folder; to download images to it, add --dataset"):
+        implied(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert implied(tmp_path / "empty") is None
     assert implied(datasets) is None and implied(datasets / "imagewoof") == "folder"

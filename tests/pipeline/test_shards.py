@@ -150,7 +150,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert train_vit.main([*run, "--run-name", "part", "--minutes", "1e-9"]) is None
     moved = Path(str(tmp_path / "shards")).rename(tmp_path / "moved")
     pattern = pattern.replace("/shards/", f"/{moved.name}/")
-    part = train_vit.main(["--resume", str(tmp_path / "part"), "--data-dir", pattern, "--workers", "2"])
+    resume = ["--resume", str(tmp_path / "part"), "--data-dir", pattern]
+    with pytest.raises(UserError, match="is another run: --workers is 2 there and 3 here"):
+        train_vit.main([*resume, "--workers", "3"])
+    part = train_vit.main(resume)
     assert part["test_accuracy"] == whole["test_accuracy"]
     assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "part" / "last.pt")
 
@@ -164,7 +167,7 @@ def test_mistakes_are_named(tmp_path):
             seen(batches_of(pattern, **others))
         return str(raised.value)
 
-    assert re.search("no file with test in its name, as test-000.tar", said(f"{folder}/train-000.tar"))
+    assert re.search("no file with test in its name, as in test-{000..099}.tar", said(f"{folder}/train-000.tar"))
     assert re.search("pipe:cat: shards are files, or addresses that begin", said(f"pipe:cat::{pattern}"))
     assert re.search("a shard cannot be read .*train-007.tar", said(f"{folder}/train-007.tar::{pattern}"))
     (folder / "train-001.tar").write_bytes((folder / "train-001.tar").read_bytes()[:3000])

@@ -94,14 +94,18 @@ def test_accumulated_batches_equal_one_large_batch(sizes):
             for pair in ((0, 1), (2, 3))
         )
     )
-    seen = []
+    seen, of_large = [], []
     options = {"clip_grad": 0.5, "clip_value": 0.05}
-    sums = train(
-        small, batches, accumulate=["2"], steps=4, after_step=lambda sums: seen.append(sums["step"]), **options
-    )
-    expected = train(large, joined, steps=2, **options)
+
+    def note(seen):
+        return lambda sums: seen.append((sums["step"], sums["last_loss"].item()))
+
+    sums = train(small, batches, accumulate=["2"], steps=4, after_step=note(seen), **options)
+    expected = train(large, joined, steps=2, after_step=note(of_large), **options)
     torch.testing.assert_close(small.weight, large.weight, rtol=0, atol=1e-12)
-    assert seen == [2, 4] and loss_and_accuracy(sums) == pytest.approx(loss_and_accuracy(expected), rel=1e-5)
+    assert [step for step, _ in seen] == [2, 4]
+    assert [loss for _, loss in seen] == pytest.approx([loss for _, loss in of_large], rel=1e-5)
+    assert loss_and_accuracy(sums) == pytest.approx(loss_and_accuracy(expected), rel=1e-5)
     assert sums["lr"] == expected["lr"]  # of the last step: the schedule counts batches
 
 
