@@ -1,34 +1,51 @@
 """ACGAN (Odena et al. 2017): a generator told the class, and a discriminator that also classifies."""
 
+import math
+
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy, interpolate, one_hot, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 
 from errors import UserError
 
 
+class ClassNorm(nn.Module):
+    """BatchNorm of (B, dim, H, W) with a gain and a bias for each class (Dumoulin et al. 2017)."""
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim, affine=False)
+        self.gain, self.bias = nn.Embedding(num_classes, dim), nn.Embedding(num_classes, dim)
+        nn.init.ones_(self.gain.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, x, labels):
+        return self.gain(labels)[:, :, None, None] * self.norm(x) + self.bias(labels)[:, :, None, None]
+
+
 class Generator(nn.Module):
     """Noise (B, noise_dim) and labels (B,) to images (B, 3, S, S) in -1 ... 1.
 
-    The class is an embedding that multiplies the noise; four times as wide at S / 8 pixels as at S / 2.
+    The class stands beside the noise, as in Odena et al., and in each normalisation.
     """
 
     def __init__(self, *, num_classes, image_size, width, noise_dim):
         super().__init__()
-        self.label = nn.Embedding(num_classes, noise_dim)
-        self.first = nn.Linear(noise_dim, 4 * width * (image_size // 8) ** 2)
-        layers, dims = [nn.BatchNorm2d(4 * width), nn.ReLU()], (4 * width, 2 * width, width, width)
-        for dim, out_dim in zip(dims, dims[1:]):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(dim, out_dim, 3, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(out_dim), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
-        self.shape = (4 * width, image_size // 8, image_size // 8)
+        self.shape, dims = (4 * width, image_size // 8, image_size // 8), (4 * width, 2 * width, width, width)
+        self.num_classes = num_classes
+        self.first = nn.Linear(noise_dim + num_classes, math.prod(self.shape))
+        self.norms = nn.ModuleList([ClassNorm(dim, num_classes) for dim in dims])
+        self.convs = nn.ModuleList([nn.Conv2d(dim, out, 3, padding=1) for dim, out in zip(dims, (*dims[1:], 3))])
 
     def forward(self, noise, labels):
-        x = self.first(noise * self.label(labels)).unflatten(1, self.shape)  # (B, 4 * width, S / 8, S / 8)
-        return self.layers(x)  # (B, 3, S, S)
+        x = torch.cat([noise, one_hot(labels, self.num_classes)], dim=1)  # (B, noise_dim + classes)
+        x = self.first(x).unflatten(1, self.shape)  # (B, 4 * width, S / 8, S / 8)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(x, labels).relu()
+            x = conv(x if conv is self.convs[-1] else interpolate(x, scale_factor=2.0))
+        return x.tanh()  # (B, 3, S, S)
 
 
 class Discriminator(nn.Module):

@@ -4,12 +4,11 @@ import json
 import statistics
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, export, loading, peers, train
+from benchmarks import augment, export, peers, train
 from benchmarks.turns import take_turns
 from experiments.speed import speed_text
 from models import build_model
@@ -96,17 +95,3 @@ def test_ours_and_the_peers_are_models_of_one_size():
     torch.testing.assert_close(ours["resnet18"].eval()(images), peer.eval()(images), rtol=1e-4, atol=1e-4)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours["vit"], peers.ReportViT())]
     assert counts[0] == counts[1] == 3_195_146
-
-
-def test_loading_of_large_images(tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in [f"n0{number}" for number in range(10)]:
-            folder = tmp_path / "imagewoof" / split / name
-            folder.mkdir(parents=True)
-            for number in range(2):
-                image = generator.integers(256, size=(20 + number, 24, 3), dtype=np.uint8)
-                Image.fromarray(image).save(folder / f"{number}.png")
-    options = ["--data-dir", str(tmp_path), "--image-size", "16", "--batch-size", "4", "--workers", "1"]
-    loading.main([*QUICK, *options, "--out", str(tmp_path / "speed.json")])
-    check_speeds(tmp_path / "speed.json", 3, capsys)
