@@ -10,6 +10,7 @@ import torch
 from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 
 from errors import UserError
+from maps.balanced import BALANCED
 from maps.methods import without_padding
 
 INTERNAL_BATCH = 256  # images per forward pass, at most, in methods that need many passes
@@ -113,4 +114,5 @@ ATTRIBUTIONS = {
     "gradient_shap": gradient_shap,
     "occlusion": occlusion,
     "grad_cam": grad_cam,
+    **BALANCED,
 }
