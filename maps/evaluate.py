@@ -1,9 +1,11 @@
 """How good a map is: measured by the object's mask, and by deleting and inserting the patches that it ranks."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
-STEPS = 10  # of deletion and insertion, each with a tenth of the patches
+STEPS = 10  # of deletion, insertion and SaCo, each with a tenth of the patches
 
 
 def comparable(maps):
@@ -75,12 +77,12 @@ def over_patches(model, maps):
 
 
 @torch.no_grad()
-def deletion_and_insertion(model, images, maps, classes):
-    """Deletion and insertion curves, each (B, STEPS + 1) (Petsiuk et al. 2018).
+def by_removal(model, images, maps, classes):
+    """{"deletion", "insertion": curves (B, STEPS + 1) (Petsiuk et al. 2018), "saco": (B,)}.
 
-    They are the probabilities of `classes` (B,) while the patches of normalised images (B, C, H, W) are replaced by the
-    mean colour, the most relevant first, and while they are inserted into an image of the mean colour. maps is
-    (B, rows, columns), one value per patch.
+    The curves are the probabilities of `classes` (B,) while the patches of normalised images (B, C, H, W) are replaced
+    by the mean colour, the most relevant first, and while they are inserted into an image of the mean colour. maps is
+    (B, rows, columns), one value per patch. For saco, each tenth of the patches is replaced by itself.
     """
 
     def probability(inputs):
@@ -91,15 +93,34 @@ def deletion_and_insertion(model, images, maps, classes):
     height, width = images.shape[2:]
     _, right, _, bottom = getattr(model, "padding", (0, 0, 0, 0))
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    ends = [round(step / STEPS * rank.shape[1]) for step in range(STEPS + 1)]
+    parts = [((low <= rank) & (rank < high)).unflatten(1, maps.shape[1:]) for low, high in itertools.pairwise(ends)]
     whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # zero is the mean colour
-    deletion, insertion = [whole], [empty]
-    for step in range(1, STEPS):
-        chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
-        chosen = F.interpolate(chosen[:, None].float(), (height + bottom, width + right), mode="nearest")
-        chosen = chosen[..., :height, :width]  # (B, 1, H, W)
-        deletion.append(probability(images * (1 - chosen)))
-        insertion.append(probability(images * chosen))
-    return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
+    deletion, insertion, drops, removed = [whole], [empty], [], 0
+    for part in parts:
+        part = F.interpolate(part[:, None].float(), (height + bottom, width + right), mode="nearest")
+        part = part[..., :height, :width]  # (B, 1, H, W)
+        drops.append(whole - probability(images * (1 - part)))
+        removed = removed + part
+        if len(drops) < STEPS:
+            deletion.append(probability(images * (1 - removed)))
+            insertion.append(probability(images * removed))
+    shares = torch.stack([(maps * part).sum((1, 2)) for part in parts], 1)
+    curves = {"deletion": torch.stack([*deletion, empty], 1), "insertion": torch.stack([*insertion, whole], 1)}
+    return curves | {"saco": saco(shares, torch.stack(drops, 1))}
+
+
+def saco(shares, drops):
+    """(B,) in -1 ... 1: the salience-guided faithfulness coefficient (Wu et al. 2024, algorithm 1).
+
+    shares (B, K) are what a map gives to K groups of patches, the highest first, drops (B, K) how far the probability
+    falls without each. Each pair of groups counts by the difference of its shares, as negative if the group with the
+    larger share has the smaller drop. 0 if all shares are equal.
+    """
+    first, second = torch.triu_indices(shares.shape[1], shares.shape[1], offset=1)
+    weights = shares[:, first] - shares[:, second]  # (B, K * (K - 1) / 2), none negative
+    signs = torch.where(drops[:, first] >= drops[:, second], 1.0, -1.0)
+    return (weights * signs.to(weights)).sum(1) / weights.sum(1).clamp(min=1e-30)
 
 
 def area_under(curves):
@@ -140,8 +161,7 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
             if name != "uniform":  # it does not rank the patches
                 patches = over_patches(model, maps)
                 with precision.autocast():
-                    deletion, insertion = deletion_and_insertion(model, images, patches, classes)
-                scores |= {"deletion": deletion, "insertion": insertion}
+                    scores |= by_removal(model, images, patches, classes)
             for measure, values in scores.items():
                 found[name].setdefault(measure, []).append(values.cpu())
         start += len(images)

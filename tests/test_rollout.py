@@ -140,7 +140,7 @@ def test_evaluation_of_shapes(shapes_run, capsys):
     assert 0.13 < mean < 0.17 and 0 < error < 0.02 and scores["uniform"]["mass_ratio"][0] == pytest.approx(1)
     assert set(scores["rollout"]) == {
         *("pointing", "pointing_filled", "mass_ratio", "average_precision", "pixel_accuracy", "miou"),
-        *("deletion", "insertion"),
+        *("deletion", "insertion", "saco"),
     }
     assert len(record["curves"]["rollout"]["deletion"]) == 11
     out = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_evaluation_where_the_object_is_not_known(run):
     record = json.loads(
         script.main([str(run), "--evaluate", "--num-images", "6", "--method", "rollout"])[0].read_text()
     )
-    assert set(record["scores"]["rollout"]) == {"deletion", "insertion"}
+    assert set(record["scores"]["rollout"]) == {"deletion", "insertion", "saco"}
     assert set(record["scores"]) == {"rollout", "rollout, training mode", "uniform", "centred gaussian", "random"}
 
 

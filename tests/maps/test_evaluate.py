@@ -8,11 +8,12 @@ from maps.evaluate import (
     baselines,
     centred_gaussian,
     comparable,
-    deletion_and_insertion,
+    by_removal,
     mass_ratio,
     mean_and_error,
     over_patches,
     pointing_game,
+    saco,
     segmentation,
 )
 
@@ -93,13 +94,28 @@ def test_deletion_and_insertion_by_a_model_that_can_be_computed():
     relevance[:, :2] = torch.rand(1, 2, 5) + 1
     images = (relevance > 0).double().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     classes = torch.zeros(1, dtype=torch.int64)
-    deletion, insertion = deletion_and_insertion(Brightness(), images, relevance, classes)
+    found = by_removal(Brightness(), images, relevance, classes)
+    deletion, insertion = found["deletion"], found["insertion"]
     falling = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(deletion, falling, rtol=0, atol=1e-6)
     torch.testing.assert_close(insertion, 0.5 - falling, rtol=0, atol=1e-6)
     assert area_under(deletion).item() == pytest.approx(0.1 * (0.25 + 0.4 + 0.3 + 0.2 + 0.1), abs=1e-6)
-    worst, _ = deletion_and_insertion(Brightness(), images, -relevance, classes)
-    assert area_under(worst) > area_under(deletion)
+    worst = by_removal(Brightness(), images, -relevance, classes)
+    assert area_under(worst["deletion"]) > area_under(deletion)
+    # each bright tenth lowers the bright share by a tenth, each dark one by nothing: all pairs are as the map says
+    assert found["saco"].item() == pytest.approx(1) and worst["saco"] < -0.7  # equal drops count as right
+
+
+def test_saco_is_its_sum_over_pairs():
+    shares, drops = torch.tensor([[5.0, 3.0, 1.0], [1.0, 1.0, 1.0]]), torch.tensor([[0.1, 0.4, 0.1], [0.3, 0.2, 0.1]])
+    # 5 above 3 with the smaller drop, 5 above 1 with an equal one, 3 above 1 with the larger; equal shares say nothing
+    assert saco(shares, drops).tolist() == pytest.approx([(-2 + 4 + 2) / 8, 0])
+    generator = torch.Generator().manual_seed(0)
+    shares, drops = (torch.rand(50, 10, generator=generator) for _ in range(2))
+    shares = shares.sort(1, descending=True).values
+    for row, drop, found in zip(shares.tolist(), drops.tolist(), saco(shares, drops).tolist(), strict=True):
+        pairs = [(row[i] - row[j], drop[i] >= drop[j]) for i in range(10) for j in range(i + 1, 10)]
+        assert found == pytest.approx(sum(w if fits else -w for w, fits in pairs) / sum(w for w, _ in pairs), abs=1e-5)
 
 
 class Padded(Brightness):
@@ -116,7 +132,7 @@ def test_the_cells_of_a_padded_model_are_its_patches():
     images = torch.ones(1, 1, 32, 32)
     relevance = torch.zeros(1, 6, 6)
     relevance[0, :4, 0] = torch.tensor([4.0, 3, 2, 1])  # a tenth of 36 patches: four of 6 x 6 pixels
-    deletion, _ = deletion_and_insertion(Padded(), images, relevance, torch.zeros(1, dtype=torch.int64))
+    deletion = by_removal(Padded(), images, relevance, torch.zeros(1, dtype=torch.int64))["deletion"]
     assert deletion[0, 1].item() == pytest.approx(1 - 4 * 36 / 32**2)
 
 
