@@ -17,7 +17,8 @@ from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", "webdataset", *IMAGENETTES)
+SHAPES = ("shapes", "shapes_even", "shapes_pair")  # drawn, with a mask of each shape
+DATASETS = ("cifar10", "cifar100", *SHAPES, "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -119,7 +120,7 @@ def load_dataset(
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
         classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
-        classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
+        classes, splits = (read_shapes if name in SHAPES else read_cifar)(name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
         raise UserError(f"{folder} has {len(classes)} class folders, but {name} has {most}: use --dataset folder")
     if name in IMAGENETTES:
@@ -170,7 +171,7 @@ def dataset_of(args, statistics=None):
 def read_shapes(name, data_dir):
     from pipeline.shapes import CLASSES, make_shapes  # only if this dataset is asked for
 
-    sets = {split: make_shapes(split) for split in ("train", "val", "test")}
+    sets = {split: make_shapes(split, name) for split in ("train", "val", "test")}
     return CLASSES, {split: (s.images, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from data import DATASETS, count_classes, dataset_of, describe
+from data import DATASETS, SHAPES, count_classes, dataset_of, describe
 from errors import run_script
 from models import build_model
 from models.attention import ATTENTIONS
@@ -109,7 +109,7 @@ def cct_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     dataset = implied_dataset(given)
-    name = given.get("recipe", {"shapes": "quick", "folder": "photos"}.get(dataset, "report"))
+    name = given.get("recipe", "quick" if dataset in SHAPES else "photos" if dataset == "folder" else "report")
     short = name == "strong" and given.get("epochs", SHORT) < SHORT
     changes = proposals_of_images(given) if name == "photos" else LIGHT if short else {}
     return name, RECIPES[name] | changes | ({"dataset": dataset} if dataset else {})

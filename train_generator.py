@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from data import DATASETS, count_classes, dataset_of, describe
+from data import DATASETS, SHAPES, count_classes, dataset_of, describe
 from errors import run_script
 from models import build_model
 from models.acgan import acgan_loss
@@ -108,7 +108,7 @@ def generator_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     dataset, model = implied_dataset(given), given.get("model", "ddpm")
-    name = given.get("recipe", "quick" if dataset == "shapes" else "paper")
+    name = given.get("recipe", "quick" if dataset in SHAPES else "paper")
     dataset = dataset or ("shapes" if name == "quick" else "cifar10")
     return name, RECIPES[name][model] | {"dataset": dataset}
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from data import DATASETS, count_classes, dataset_of, describe
+from data import DATASETS, SHAPES, count_classes, dataset_of, describe
 from errors import UserError, run_script
 from models import build_model
 from models.attention2d import ATTENTIONS2D
@@ -144,7 +144,7 @@ def resnet_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     dataset = implied_dataset(given)
-    name = given.get("recipe", "quick" if dataset == "shapes" else "survey")
+    name = given.get("recipe", "quick" if dataset in SHAPES else "survey")
     changes, size = {}, given.get("image_size", WOOF["image_size"])
     if name == "woof" and isinstance(size, int):  # fastai's presize: 32 pixels more than the image size
         changes = {"crop_pct": size / (size + 32)}

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from data import DATASETS, count_classes, dataset_of, describe
+from data import DATASETS, SHAPES, count_classes, dataset_of, describe
 from errors import UserError, run_script
 from models import build_model
 from models.attention import ATTENTIONS
@@ -132,7 +132,7 @@ def vit_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     dataset = implied_dataset(given)
-    name = given.get("recipe", "quick" if dataset == "shapes" else "report")
+    name = given.get("recipe", "quick" if dataset in SHAPES else "report")
     changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
     model = given.get("model", RECIPES[name]["model"])
     if dataset in ("folder", *IMAGENETTES) and model != "vit":

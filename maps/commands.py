@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from errors import UserError, aligned, bar_disabled
 from files import make_folder, write_json
-from maps.draw import draw_deletion_curves
+from maps.draw import draw_deletion_curves, draw_redrawn
 from maps.evaluate import baselines, evaluate
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
 from models import build_model
@@ -56,6 +56,8 @@ def maps_parser(description, methods, *, default):
     add("--dpi", type=number(int, low=20, high=1200), default=150, help="resolution, from 20 to 1200")
 
     add = parser.add_argument_group("evaluation").add_argument
+    help_text = "also compare the maps with those of redrawn weights, layer by layer from the head down"
+    add("--randomise", action="store_true", help=help_text)
     add("--batch-size", type=at_least(1), default=100, help="images per forward pass; lower it if memory runs out")
     return parser
 
@@ -77,6 +79,8 @@ def open_model(args, *, generates=False):
 
 def open_for_maps(args):
     """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+    if args.randomise and not args.evaluate:
+        raise UserError("--randomise needs --evaluate")
     checkpoint, model = open_model(args)
     if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
@@ -92,13 +96,23 @@ def output_folder(args):
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
+def learnt_nothing(table):
+    """The methods that point at the object more often than the centre does (by two standard errors), although the
+    weights are redrawn: they show the image, and not what the model has learnt."""
+    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
+    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
+    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
+
+
 def scores_text(table):
-    """A table of evaluate as aligned text: mean ± standard error."""
+    """A table of evaluate as aligned text: mean ± standard error, with a star at the methods of learnt_nothing."""
     measures = list(dict.fromkeys(measure for row in table.values() for measure in row))
-    lines = [["", *measures]]
+    lines, starred = [["", *measures]], learnt_nothing(table)
     for name, row in table.items():
-        lines.append([name, *("{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures)])
-    return aligned(lines)
+        cells = ["{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures]
+        lines.append([name + " *" * (name in starred), *cells])
+    note = "\n* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
+    return aligned(lines) + note * bool(starred)
 
 
 def read_table(path):
@@ -120,7 +134,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     if min(wanted, total) < 2:
         raise UserError(f"--num-images {wanted}: of {total} {args.split} images; a standard error needs two")
     indices = torch.linspace(0, total - 1, min(wanted, total)).round().long()
-    masks, outlines = object_masks(checkpoint, dataset, indices, args.split)
+    masks = object_masks(checkpoint, dataset, indices, args.split)
     device = next(model.parameters()).device
 
     def batches():
@@ -128,10 +142,12 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
             yield normalised(images_at(split.images, chunk), checkpoint, device)
 
     torch.manual_seed(0)  # for methods with random numbers
-    explainers = explainers | baselines(model.grid)
+    explainers, fresh = explainers | baselines(model.grid), None
+    if args.randomise:
+        fresh = rebuild_model(checkpoint, build_model, attention=args.attention, trained=False).to(device).state_dict()
     precision = Precision("auto", device)
     try:
-        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, outlines=outlines)
+        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, fresh=fresh)
     except Exception as error:
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
@@ -160,4 +176,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     write_json(path, record)
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
-    return [path, out / "deletion.png"]
+    if not any("redrawn" in values for values in curves.values()):
+        return [path, out / "deletion.png"]
+    draw_redrawn(out / "randomise.png", curves, caption, dpi=args.dpi)
+    return [path, out / "deletion.png", out / "randomise.png"]

@@ -135,6 +135,20 @@ def draw_matrix(path, matrix, caption, *, dpi=150):
     save_figure(figure, path, dpi)
 
 
+def draw_redrawn(path, curves, caption, *, dpi=150):
+    """The rank correlation with the map before, against the number of layers whose weights are redrawn."""
+    figure, ((axes,),) = subplots(1, 1, width=7, height=4.2)
+    found = {name: values["redrawn"] for name, values in curves.items() if "redrawn" in values}
+    for number, (name, values) in enumerate(found.items()):
+        style = ("-", "--")[number // 10 % 2]
+        axes.plot(range(len(values) + 1), [1, *values], f"C{number % 10}", linestyle=style, label=name.replace("_", " "))
+    axes.set(xlabel="layers with redrawn weights, from the head down", ylabel="rank correlation with the map before")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.suptitle(caption, fontsize=9)
+    save_figure(figure, path, dpi)
+
+
 def draw_deletion_curves(path, curves, caption, *, dpi=150):
     """The predicted class's probability against the share of patches deleted (left) and inserted (right)."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -5,6 +5,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from maps.randomise import maps_while_redrawn, rank_correlation
+
 STEPS = 10  # of deletion, insertion and SaCo, each with a tenth of the patches
 
 
@@ -55,13 +57,14 @@ def segmentation(maps, masks):
     return accuracy, (ious[0] + ious[1]) / 2
 
 
-def against_masks(maps, masks, outlines):
-    """{measure: (B,)} of maps (B, h, w), enlarged to the size of masks and outlines (B, H, W) bool."""
+def against_masks(maps, masks, outlines, others=None):
+    """{measure: (B,)} of maps (B, h, w), enlarged to the size of masks, outlines and others (B, H, W) bool."""
     maps = comparable(to_pixels(maps.cpu(), masks.shape[1:]))  # on the CPU: not all devices have float64
     accuracy, miou = segmentation(maps, masks)
     return {
         "pointing": pointing_game(maps, masks),
         "pointing_filled": pointing_game(maps, outlines),
+        **({} if others is None else {"pointing_other": pointing_game(maps, others)}),
         "mass_ratio": mass_ratio(maps, masks),
         "average_precision": average_precision(maps, masks),
         "pixel_accuracy": accuracy,
@@ -128,6 +131,9 @@ def area_under(curves):
     return torch.trapezoid(curves.double(), dx=1 / (curves.shape[1] - 1), dim=1)
 
 
+BASELINES = ("uniform", "centred gaussian", "random")
+
+
 def centred_gaussian(grid):
     """A map (rows, columns) that always points at the centre; its standard deviation is a quarter of each side."""
     rows, columns = (((torch.arange(n) + 0.5) / n - 0.5) * 4 for n in grid)
@@ -140,28 +146,34 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None):
-    """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all images.
+def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
+    """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
-    predicted classes) and returns maps (B, h, w). masks and outlines are (N, H, W) bool, or None if they are not known.
-    Before deletion and insertion, a map is averaged over each patch. Only their forward passes use mixed precision.
+    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh, a state dict of weights
+    that have learnt nothing, the maps are also compared with those while the model takes these weights. Before a
+    removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
     for images in batches:
         with torch.no_grad():
             classes = model(images).argmax(1)
-        for name, explain in explainers.items():
-            maps = explain(images, classes)
-            scores = {}
-            if masks is not None:
-                stop = start + len(images)
-                scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
+        drawn = {key: mask[start : start + len(images)] for key, mask in masks.items()}
+        maps_of = {name: explain(images, classes) for name, explain in explainers.items()}
+        learning = {name: explain for name, explain in explainers.items() if name not in BASELINES}
+        redrawn = maps_while_redrawn(model, fresh, learning, images, classes) if fresh else {}
+        for name, maps in maps_of.items():
+            scores = against_masks(maps, **drawn) if drawn else {}
+            patches = over_patches(model, maps)
             if name != "uniform":  # it does not rank the patches
-                patches = over_patches(model, maps)
                 with precision.autocast():
                     scores |= by_removal(model, images, patches, classes)
+            if name in redrawn:
+                stages = [rank_correlation(patches, over_patches(model, other)) for other in redrawn[name]]
+                scores |= {"redrawn": torch.stack(stages, 1), "rank_correlation": stages[-1]}
+                if drawn:
+                    scores["pointing_redrawn"] = against_masks(redrawn[name][-1], **drawn)["pointing"]
             for measure, values in scores.items():
                 found[name].setdefault(measure, []).append(values.cpu())
         start += len(images)
@@ -170,7 +182,8 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
     for name, measures in found.items():
         measures = {measure: torch.cat(values) for measure, values in measures.items()}
         curves[name] = {m: values.mean(0).tolist() for m, values in measures.items() if values.ndim == 2}
-        table[name] = {m: mean_and_error(v if v.ndim == 1 else area_under(v)) for m, v in measures.items()}
+        areas = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
+        table[name] = {measure: mean_and_error(values) for measure, values in areas.items()}
     return table, curves
 
 
@@ -185,8 +198,5 @@ def baselines(grid):
     def random(images, classes):
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
-    return {
-        "uniform": repeated(torch.ones(grid)),
-        "centred gaussian": repeated(centred_gaussian(grid)),
-        "random": random,
-    }
+    explainers = repeated(torch.ones(grid)), repeated(centred_gaussian(grid)), random
+    return dict(zip(BASELINES, explainers, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Split, dataset_of, is_large
+from data import SHAPES, Split, dataset_of, is_large
 from errors import UserError
 from pipeline.augment import normalize
 from pipeline.decoding import both_sides, decode_image, decode_images
@@ -102,15 +102,14 @@ def normalised(pixels, checkpoint, device="cpu"):
 
 
 def object_masks(checkpoint, dataset, indices, split="test"):
-    """(masks, outlines), each (N, H, W) bool, of a split's images of `shapes`; (None, None) for other datasets."""
-    if checkpoint["args"]["dataset"] != "shapes":
-        return None, None
-    shapes = make_shapes(split)
-    size = dataset.test.images.shape[2:]
-    return tuple(
-        F.interpolate(m[indices, None].float(), size, mode="nearest")[:, 0].bool()
-        for m in (shapes.masks, shapes.outlines)
-    )
+    """{"masks", "outlines", "others" if there are any: (N, H, W) bool} of drawn images; empty for other datasets."""
+    name, size = checkpoint["args"]["dataset"], dataset.test.images.shape[2:]
+    drawn = make_shapes(split, name)._asdict() if name in SHAPES else {}
+    return {
+        key: F.interpolate(drawn[key][indices, None].float(), size, mode="nearest")[:, 0].bool()
+        for key in ("masks", "outlines", "others")
+        if drawn.get(key) is not None
+    }
 
 
 def find_class(text, classes, *, flag="--target"):

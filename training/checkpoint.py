@@ -150,12 +150,12 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
+def rebuild_model(checkpoint, build_model, *, attention=None, generates=False, trained=True):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
-    An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
-    it is not known here, if it generates images and `generates` is false, or the other way round, or if the weights do
-    not fit it.
+    Without `trained` it keeps the random weights of a new model. An attention FILE.py:Class is loaded only if
+    `attention` names it again. Raises UserError if the model or a part of it is not known here, if it generates images
+    and `generates` is false, or the other way round, or if the weights do not fit it.
     """
     from training.own import with_own_class  # training alone does not need it
 
@@ -169,7 +169,8 @@ def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
         if hasattr(model, "generate") != generates:
             what = "classifies images: use predict.py" if generates else "generates images: use generate.py"
             raise UserError(f"{checkpoint['model']} {what}")
-        model.load_state_dict(evaluated_weights(checkpoint))
+        if trained:
+            model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
 

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from data import SHAPES
 from pipeline.shapes import CLASSES, DISTANCES, make_shapes
 
 
@@ -28,10 +29,43 @@ def test_numbers_and_types(sets):
 
 def test_the_images_never_change(sets):
     """Maps are scored against these masks, so that any change of a constant is one of every published number."""
-    digest = hashlib.sha256()
-    for part in sets["test"]:
-        digest.update(part.numpy())
-    assert digest.hexdigest() == "d69532608eccfd81789b98e836577e4ac9735e81347ca3dacb1982669908a286"
+    digests = {}
+    for name in SHAPES:
+        digest = hashlib.sha256()
+        for part in make_shapes("test", name):
+            digest.update(b"" if part is None else part.numpy())
+        digests[name] = digest.hexdigest()
+    assert digests == {
+        "shapes": "d69532608eccfd81789b98e836577e4ac9735e81347ca3dacb1982669908a286",
+        "shapes_even": "1510a6ad05143d3f215db22696f8f1c8bb430d8f7b71e48bc0dd31da74693b6c",
+        "shapes_pair": "83c23b34d1b37f207727220ce1819d3925a2850f9fe85a7094d402a31f3c2d5c",
+    }
+
+
+def test_every_second_image_of_shapes_even_is_inverted(sets):
+    even, plain = make_shapes("test", "shapes_even"), sets["test"]
+    same, inverted = ((even.images == images).flatten(1).all(1) for images in (plain.images, 255 - plain.images))
+    assert torch.equal(same, ~inverted) and 0.45 < inverted.float().mean() < 0.55
+    assert all(torch.equal(*parts) for parts in zip(even[1:4], plain[1:4], strict=True))
+    light = even.images.float().mean(1)
+    inside, outside = ((light * m).sum((1, 2)) / m.sum((1, 2)) for m in (even.masks, ~even.masks))
+    assert abs((inside > outside).float().mean() - 0.5) < 0.05
+
+
+def test_the_label_of_shapes_pair_is_that_of_the_red_shape():
+    pair = make_shapes("val", "shapes_pair")
+    assert pair.labels.bincount().tolist() == [200] * 10 and not (pair.masks & pair.others).any()
+    red, blue = (
+        (pair.images[:, c].float() * (m / m.sum((1, 2), keepdim=True))).sum((1, 2))
+        for c, m in ((0, pair.masks), (2, pair.others))
+    )
+    green = [(pair.images[:, 1].float() * (m / m.sum((1, 2), keepdim=True))).sum((1, 2)) for m in pair[2:5:2]]
+    assert (red > green[0] + 40).all() and (blue > green[1] + 40).float().mean() > 0.99
+    columns = torch.arange(32.0)
+    left = [(m.float().sum(1) @ columns) / m.sum((1, 2)) < 16 for m in (pair.masks, pair.others)]
+    assert (left[0] != left[1]).float().mean() > 0.99 and 0.45 < left[0].float().mean() < 0.55
+    for part in (pair.masks, pair.others):
+        assert 0.06 < part.float().mean() < 0.08
 
 
 def test_no_image_is_in_two_sets(sets):
