@@ -3,7 +3,6 @@
 import shlex
 import time
 
-from data import SHAPES
 from errors import UserError, aligned, import_optional
 from experiments.jobs import Job, log_rows, open_lock, run_flags, run_folder
 from experiments.scripts import all_arguments, is_locked, run_command, script_parser
@@ -109,7 +108,8 @@ def tune_plan(plans, args, again, deadline):
     if len({name for name, *_ in ranges}) < max(1, len(texts)):
         raise UserError(f'--tune "{args.tune}": name each flag once, as in "lr=1e-4..1e-2 opt=adamw,muon"')
     arguments = all_arguments(row.script, row.given)
-    if not arguments["val_fraction"] and arguments["dataset"] not in (*SHAPES, "folder", "webdataset"):
+    own = arguments["dataset"] in ("folder", "webdataset") or arguments["dataset"].startswith("shapes")
+    if not arguments["val_fraction"] and not own:
         raise UserError(f"--tune needs validation images to choose on: add --val-fraction 0.1 to row {row.name}")
     place = plan._replace(name=f"{plan.name}/tune-{row.name}")
     jobs = [Job(place, row._replace(name=f"trial-{number}"), 0) for number in range(args.trials)]

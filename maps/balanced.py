@@ -12,7 +12,7 @@ from models.attention import explicit_attention
 
 GATED = (F.gelu, F.silu)  # functions f with f(x) = x g(x) and g(0) = 1/2
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, Tensor.__mul__)
+BILINEAR = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, Tensor.__mul__)
 WITHOUT_RULE = (nn.MultiheadAttention, nn.GroupNorm, nn.RMSNorm, nn.Sigmoid, nn.Tanh)
 
 
@@ -43,10 +43,13 @@ class BalancedGradients(TorchFunctionMode):
             return args[0] * torch.where(args[0] == 0, 0.5, result / args[0]).detach()
         if func in SOFTMAX and self.rule == "libragrad":
             return result.detach()
-        if func in PRODUCTS and all(torch.is_tensor(x) and x.requires_grad for x in args[:2]):
-            if not any(isinstance(x, nn.Parameter) for x in args[:2]):
-                return result / 2 + (result / 2).detach()
+        if func in BILINEAR and all(map(is_activation, args[:2])):
+            return result / 2 + (result / 2).detach()
         return result
+
+
+def is_activation(x):
+    return torch.is_tensor(x) and x.requires_grad and not isinstance(x, nn.Parameter)
 
 
 def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):

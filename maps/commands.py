@@ -11,6 +11,7 @@ from files import make_folder, write_json
 from maps.draw import draw_deletion_curves, draw_redrawn
 from maps.evaluate import baselines, evaluate
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
+from maps.randomise import layers_from_the_head
 from models import build_model
 from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
@@ -178,5 +179,5 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     if not any("redrawn" in values for values in curves.values()):
         return [path, out / "deletion.png"]
-    draw_redrawn(out / "randomise.png", curves, caption, dpi=args.dpi)
+    draw_redrawn(out / "randomise.png", curves, layers_from_the_head(model.state_dict()), caption, dpi=args.dpi)
     return [path, out / "deletion.png", out / "randomise.png"]

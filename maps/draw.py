@@ -1,5 +1,7 @@
 """Figures of maps: over images, layer by layer and head by head, as matrices, deletion curves; and of predictions."""
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,21 @@ def panel_figure(images, captions, maps, *, interpolation="bilinear"):
     return figure
 
 
+def draw_comparison(path, image, caption, maps, *, interpolation="bilinear", dpi=150):
+    """The image, and each of {title: map (h, w)} over it, in rows of six."""
+    rows = -(-(len(maps) + 1) // 6)
+    figure, grid = subplots(rows, 6, width=14, height=2.5 * rows + 0.1)
+    for axes, (title, one_map) in itertools.zip_longest(
+        grid.flat, [(caption, None), *maps.items()], fillvalue=(None, None)
+    ):
+        if title is None:
+            axes.axis("off")
+        else:
+            show_image(axes, image, title.replace("_", " "), one_map, interpolation=interpolation)
+    add_colour_bar(figure, grid, aspect=20 * rows)
+    save_figure(figure, path, dpi)
+
+
 def draw_attributions(path, image, caption, rows, *, interpolation="bilinear", dpi=150):
     """One row per (title, map (h, w)): the image, the map, the map over the image, and the image masked by the map."""
     figure, grid = subplots(len(rows), 4, width=10, height=2.5 * len(rows) + 0.1)
@@ -135,14 +152,17 @@ def draw_matrix(path, matrix, caption, *, dpi=150):
     save_figure(figure, path, dpi)
 
 
-def draw_redrawn(path, curves, caption, *, dpi=150):
-    """The rank correlation with the map before, against the number of layers whose weights are redrawn."""
+def draw_redrawn(path, curves, layers, caption, *, dpi=150):
+    """The rank correlation with the map before, while the weights of these layers are redrawn one after the other."""
     figure, ((axes,),) = subplots(1, 1, width=7, height=4.2)
     found = {name: values["redrawn"] for name, values in curves.items() if "redrawn" in values}
     for number, (name, values) in enumerate(found.items()):
         style = ("-", "--")[number // 10 % 2]
-        axes.plot(range(len(values) + 1), [1, *values], f"C{number % 10}", linestyle=style, label=name.replace("_", " "))
-    axes.set(xlabel="layers with redrawn weights, from the head down", ylabel="rank correlation with the map before")
+        axes.plot(
+            range(len(values) + 1), [1, *values], f"C{number % 10}", linestyle=style, label=name.replace("_", " ")
+        )
+    axes.set_xticks(range(len(layers) + 1), ["none", *layers], rotation=45, ha="right")
+    axes.set(xlabel="redrawn down to", ylabel="rank correlation with the map before")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7)
     figure.suptitle(caption, fontsize=9)

@@ -8,12 +8,12 @@ from scipy.stats import rankdata
 
 
 def layers_from_the_head(state):
-    """Lists of the keys of a state dict, one per layer, the last layer first; blocks.3 is a layer."""
+    """{layer: its keys in a state dict}, the last layer first; blocks.3 is a layer."""
     layers = {}
     for key in reversed(state):
         first, *rest = key.split(".")
         layers.setdefault(".".join([first, *rest[:1]]) if rest and rest[0].isdigit() else first, []).append(key)
-    return list(layers.values())
+    return layers
 
 
 def maps_while_redrawn(model, fresh, explainers, images, classes):
@@ -24,7 +24,7 @@ def maps_while_redrawn(model, fresh, explainers, images, classes):
     own = {key: value.clone() for key, value in model.state_dict().items()}
     mixed, found = dict(own), {name: [] for name in explainers}
     try:
-        for keys in layers_from_the_head(own):
+        for keys in layers_from_the_head(own).values():
             mixed |= {key: fresh[key] for key in keys}
             model.load_state_dict(mixed)
             for name, explain in explainers.items():

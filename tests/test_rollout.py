@@ -13,6 +13,7 @@ import rollout as script
 import train_resnet_attn
 import train_vit
 from errors import UserError
+from maps.attributions import ATTRIBUTIONS
 from maps.images import checkpoint_dataset, normalised
 from maps.methods import METHODS, attention_maps, tokens_to_map
 from models import build_model
@@ -146,6 +147,37 @@ def test_evaluation_of_shapes(shapes_run, capsys):
     out = capsys.readouterr().out
     assert "rollout, training mode" in out and f"{mean:.3f} ± {error:.3f}" in out
     assert np.asarray(Image.open(written[1]).convert("L")).std() > 10
+
+
+def test_redrawn_weights_are_rows_of_the_table_and_a_figure(shapes_run, tmp_path, capsys):
+    flags = ["--evaluate", "--num-images", "40", "--out", str(tmp_path), "--method", "rollout"]
+    written = script.main([str(shapes_run), *flags, "--randomise"])
+    assert names(written) == ["evaluation.json", "deletion.png", "randomise.png"]
+    record = json.loads(written[0].read_text())
+    row, curve = record["scores"]["rollout"], record["curves"]["rollout"]["redrawn"]
+    assert len(curve) == 7 and curve[0] == pytest.approx(1)  # rollout says nothing of the head
+    assert row["rank_correlation"][0] == pytest.approx(curve[-1]) and 0 <= row["pointing_redrawn"][0] <= 1
+    assert "rank_correlation" not in record["scores"]["random"]
+    with pytest.raises(UserError, match="--randomise needs --evaluate"):
+        script.main([str(shapes_run), "--randomise"])
+
+
+def test_all_methods_are_compared_the_best_first(shapes_run, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(script, "draw_comparison", lambda path, image, caption, maps, **look: drawn.append([*maps]))
+    script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path)])
+    assert drawn[0] == [*METHODS, *ATTRIBUTIONS]
+    scores = {
+        "saliency": {"pointing": [0.9, 0.1]},
+        "raw": {"pointing": [0.8, 0.1]},
+        "rollout": {"pointing": [0.1, 0.1]},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps({"scores": scores}))
+    script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path), "--target", "star"])
+    assert drawn[1][:3] == ["saliency", "raw", "rollout"] and {*drawn[1]} == {*drawn[0]}
+    monkeypatch.undo()
+    (path,) = script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path)])
+    assert path.name == "3-compare.png" and Image.open(path).size[0] > 1500
 
 
 def test_evaluation_where_the_object_is_not_known(run):
