@@ -21,7 +21,6 @@ import re
 import torch
 
 from errors import UserError, run_script
-from maps.attributions import ATTRIBUTIONS
 from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder, read_table
 from maps.draw import draw_comparison, draw_layers, draw_matrix, draw_panel, draw_patches, save_map
 from maps.images import caption_of, find_class, normalised
@@ -71,29 +70,28 @@ def draw_comparisons(args, model, checkpoint, chosen, out):
     The methods are ordered by pointing, or else by saco, in the folder's evaluation.json. Those that the model does not
     support are named.
     """
+    from maps.attributions import ATTRIBUTIONS  # only if it is asked for
+
     device = next(model.parameters()).device
     inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
     with torch.no_grad():
         probabilities = model(inputs).softmax(1)
-    classes, found = probabilities.argmax(1), {}
+    classes = probabilities.argmax(1)
     if args.target is not None:
         classes = torch.full_like(classes, find_class(args.target, checkpoint["classes"]))
-    attributions = {name: lambda *pair, f=f: f(model, *pair)[0] for name, f in ATTRIBUTIONS.items()}
-    attention = {
-        name: lambda *pair, n=name: attention_maps(model, pair[0], [n], targets=pair[1])[0][n] for name in METHODS
-    }
-    for name, explain in {**attention, **attributions}.items():
+    found, _ = attention_maps(model, inputs, METHODS, targets=classes)
+    for name, attribute in ATTRIBUTIONS.items():
         try:
-            found[name] = explain(inputs, classes).cpu().numpy()
+            found[name] = attribute(model, inputs, classes)[0]
         except UserError as error:
-            print(f"{name} is left out: {error}")
+            print(f"left out: {error}")
     scores = (read_table(out / "evaluation.json") or {}).get("scores", {})
     measure = next((m for m in ("pointing", "saco") if any(m in row for row in scores.values())), None)
     order = sorted(found, key=lambda name: -scores.get(name, {}).get(measure, (-2,))[0])
     written = []
     for i, explained in enumerate(chosen):
         written.append(out / f"{explained.name}-compare.{args.format}")
-        maps = {name: found[name][i] for name in order}
+        maps = {name: found[name][i].cpu().numpy() for name in order}
         caption = caption_of(explained, probabilities[i].cpu(), checkpoint["classes"])
         draw_comparison(written[-1], explained.shown, caption, maps, interpolation=args.interpolation, dpi=args.dpi)
     return written

@@ -45,14 +45,17 @@ import zipfile
 
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
+from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 import numpy as np
+from scipy.stats import rankdata
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.overrides import TorchFunctionMode
 import torchvision
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -2001,7 +2004,7 @@ def place_groups(counts, shares, rng):
     return parts
 
 
-# ---- pipeline/shapes.py: The built-in dataset: shapes drawn on textured backgrounds, with a mask of each shape.
+# ---- pipeline/shapes.py: The built-in datasets: shapes drawn on textured backgrounds, with a mask of each shape.
 
 SIZE = 32
 COUNTS = {"train": 20_000, "val": 2_000, "test": 2_000}
@@ -2019,6 +2022,7 @@ class ShapeSet(NamedTuple):
     labels: torch.Tensor  # (N,) int64
     masks: torch.Tensor  # (N, 32, 32) bool: the pixels of the shape
     outlines: torch.Tensor  # (N, 32, 32) bool: the mask with its hole filled
+    others: torch.Tensor | None = None  # (N, 32, 32) bool: in shapes_pair, the pixels of the other shape alone
 
 
 def length(x, y):
@@ -2067,16 +2071,20 @@ def unit_area(distances):
     return (inside[0].sum() - sum(hole.sum() for hole in inside[1:])) / 1e4
 
 
-def draw_shapes(rng, name, count):
-    """`count` shapes of a class: coverage of each pixel (N, 32, 32) in [0, 1], masks and outlines (N, 32, 32) bool."""
+def draw_shapes(rng, name, count, *, centre=None, share=1):
+    """`count` shapes of a class: coverage of each pixel (N, 32, 32) in [0, 1], masks and outlines (N, 32, 32) bool.
+
+    centre (2, N, 1, 1) are the columns and rows of their centres; share is that of their area in `shapes`.
+    """
     distances = DISTANCES[name] if isinstance(DISTANCES[name], tuple) else (DISTANCES[name],)
     unit = unit_area(distances)
-    centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
+    if centre is None:
+        centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
     outer, inner = np.empty((2, count, SIZE, SIZE), np.float32)  # distances to the outline and to the hole
     left = np.arange(count)
     while len(left):  # a shape outside COVERAGE is drawn again with another size and angle, at the same centre
         area = rng.random((len(left), 1, 1), dtype=np.float32) * 0.15 + 0.095
-        scale = np.sqrt(area * SIZE * SIZE / np.float32(unit))
+        scale = np.sqrt(area * share * SIZE * SIZE / np.float32(unit))
         c, s = DIRECTIONS[rng.integers(256, size=len(left))].T[:, :, None, None]
         x, y = X - centre[0, left], Y - centre[1, left]
         x, y = (x * c + y * s) / scale, (y * c - x * s) / scale
@@ -2084,7 +2092,7 @@ def draw_shapes(rng, name, count):
         inner[left] = -distances[1](x, y) * scale if len(distances) > 1 else -np.inf
         mask_share = (np.maximum(outer[left], inner[left]) < 0).mean((1, 2))
         outline_share = (outer[left] < 0).mean((1, 2))
-        left = left[(mask_share < COVERAGE[0]) | (outline_share > COVERAGE[1])]
+        left = left[(mask_share < share * COVERAGE[0]) | (outline_share > share * COVERAGE[1])]
     both = np.maximum(outer, inner)
     return np.clip(np.float32(0.5) - both, 0, 1), both < 0, outer < 0
 
@@ -2114,35 +2122,56 @@ def draw_backgrounds(rng, count):
 
 
 def draw(rng, name, count):
-    """`count` images of one class: (N, 3, 32, 32) uint8, masks and outlines (N, 32, 32) bool."""
+    """`count` images of one class: (N, 3, 32, 32) float32, masks and outlines (N, 32, 32) bool."""
     coverage, masks, outlines = draw_shapes(rng, name, count)
     images = draw_backgrounds(rng, count)
     colour = rng.integers(120, 256, (count, 3, 1, 1)).astype(np.float32)
-    images += (colour - images) * coverage[:, None]
-    noise = rng.integers(0, 32, (2, *images.shape), dtype=np.uint8)
-    images += noise[0].astype(np.float32) - noise[1]
-    return np.clip(np.rint(images), 0, 255).astype(np.uint8), masks, outlines
+    return images + (colour - images) * coverage[:, None], masks, outlines
 
 
-def make_shapes(split):
-    """The ShapeSet of "train", "val" or "test"; all classes have the same number of images."""
-    number = list(COUNTS).index(split)
+def draw_pair(rng, name, other, count):
+    """draw, with a red shape of the class and a blue one of the class `other`; also the pixels of the latter alone."""
+    images, drawn = draw_backgrounds(rng, count), []
+    columns = np.where(rng.random(count) < 0.5, 8, 24)  # of the blue one
+    for shape in (other, name):
+        x, y = rng.random((2, count), dtype=np.float32)
+        centre = np.stack([columns - 2 + 4 * x, 8 + 16 * y]).astype(np.float32)[:, :, None, None]
+        coverage, masks, outlines = draw_shapes(rng, shape, count, centre=centre, share=np.float32(0.45))
+        colour = [rng.integers(low, high, count) for low, high in ((160, 256), (0, 90), (0, 90))]
+        colour = np.stack(colour[:: 1 if shape is name else -1], 1)[:, :, None, None].astype(np.float32)
+        images += (colour - images) * coverage[:, None]
+        columns = SIZE - columns
+        drawn.append(masks)
+    return images, masks, outlines, drawn[0] & ~masks
+
+
+def make_shapes(split, name="shapes"):
+    """The ShapeSet of "train", "val" or "test" of a dataset; all classes have the same number of images."""
+    number, pair = list(COUNTS).index(split), name == "shapes_pair"
     count = COUNTS[split]
     order = np.random.default_rng([number, 0]).permutation(count)  # where each drawn image goes
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
-    masks, outlines = np.empty((2, count, SIZE, SIZE), bool)
+    masks = np.empty((3 if pair else 2, count, SIZE, SIZE), bool)  # as in a ShapeSet
     labels = np.empty(count, np.int64)
 
     def fill(start):
-        label = start // CHUNK % len(CLASSES)
+        turn, label = divmod(start // CHUNK, len(CLASSES))
         where = order[start : start + CHUNK]
-        rng = np.random.default_rng([number, 1, start])
-        images[where], masks[where], outlines[where] = draw(rng, CLASSES[label], len(where))
-        labels[where] = label
+        rng = np.random.default_rng([number, 2 if pair else 1, start])
+        if pair:
+            other = CLASSES[(label + 1 + turn % 9) % 10]
+            pixels, *masks[:, where] = draw_pair(rng, CLASSES[label], other, len(where))
+        else:
+            pixels, *masks[:, where] = draw(rng, CLASSES[label], len(where))
+        noise = rng.integers(0, 32, (2, *pixels.shape), dtype=np.uint8)
+        pixels = np.clip(np.rint(pixels + (noise[0].astype(np.float32) - noise[1])), 0, 255).astype(np.uint8)
+        if name == "shapes_even":
+            pixels = np.where(rng.random((len(where), 1, 1, 1)) < 0.5, 255 - pixels, pixels)
+        images[where], labels[where] = pixels, label
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, count, CHUNK)))
-    return ShapeSet(*map(torch.from_numpy, (images, labels, masks, outlines)))
+    return ShapeSet(*map(torch.from_numpy, (images, labels, *masks)))
 
 
 # ---- pipeline/policies.py: AutoAugment, RandAugment and TrivialAugment on a batch of uint8 images; each image draws its own operations.
@@ -2288,6 +2317,7 @@ def read_webdataset(args):
 
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
+SHAPES = ("shapes", "shapes_even", "shapes_pair")  # drawn, with a mask of each shape
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -2385,7 +2415,7 @@ def load_dataset(
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
         classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
-        classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
+        classes, splits = (read_shapes if name in SHAPES else read_cifar)(name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
         raise UserError(f"{folder} has {len(classes)} class folders, but {name} has {most}: use --dataset folder")
     if name in IMAGENETTES:
@@ -2430,7 +2460,7 @@ def dataset_of(args, statistics=None):
 
 
 def read_shapes(name, data_dir):
-    sets = {split: make_shapes(split) for split in ("train", "val", "test")}
+    sets = {split: make_shapes(split, name) for split in ("train", "val", "test")}
     return CLASSES, {split: (s.images, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
 
 
@@ -2880,12 +2910,12 @@ def evaluated_weights(checkpoint):
     return checkpoint["ema"] or checkpoint["weights"]
 
 
-def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
+def rebuild_model(checkpoint, build_model, *, attention=None, generates=False, trained=True):
     """The model of a checkpoint as it was evaluated, in evaluation mode; build_model(name, **model_args) makes it.
 
-    An attention FILE.py:Class is loaded only if `attention` names it again. Raises UserError if the model or a part of
-    it is not known here, if it generates images and `generates` is false, or the other way round, or if the weights do
-    not fit it.
+    Without `trained` it keeps the random weights of a new model. An attention FILE.py:Class is loaded only if
+    `attention` names it again. Raises UserError if the model or a part of it is not known here, if it generates images
+    and `generates` is false, or the other way round, or if the weights do not fit it.
     """
     model_args = with_own_class(checkpoint["model_args"], attention)
     with read_from_outside("the checkpoint's weights do not fit its model and model_args"):
@@ -2897,7 +2927,8 @@ def rebuild_model(checkpoint, build_model, *, attention=None, generates=False):
         if hasattr(model, "generate") != generates:
             what = "classifies images: use predict.py" if generates else "generates images: use generate.py"
             raise UserError(f"{checkpoint['model']} {what}")
-        model.load_state_dict(evaluated_weights(checkpoint))
+        if trained:
+            model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
 
 
@@ -2911,9 +2942,45 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
+# ---- maps/randomise.py: Maps of a model whose weights are redrawn, layer by layer from the head down (Adebayo et al. 2018).
+
+def layers_from_the_head(state):
+    """{layer: its keys in a state dict}, the last layer first; blocks.3 is a layer."""
+    layers = {}
+    for key in reversed(state):
+        first, *rest = key.split(".")
+        layers.setdefault(".".join([first, *rest[:1]]) if rest and rest[0].isdigit() else first, []).append(key)
+    return layers
+
+
+def maps_while_redrawn(model, fresh, explainers, images, classes):
+    """{name: maps (B, h, w) of each stage}: one more layer has the weights of the state dict `fresh` at each stage.
+
+    explainers are as evaluate takes them. Afterwards the model has its own weights again.
+    """
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    mixed, found = dict(own), {name: [] for name in explainers}
+    try:
+        for keys in layers_from_the_head(own).values():
+            mixed |= {key: fresh[key] for key in keys}
+            model.load_state_dict(mixed)
+            for name, explain in explainers.items():
+                found[name].append(explain(images, classes))
+    finally:
+        model.load_state_dict(own)
+    return found
+
+
+def rank_correlation(maps, others):
+    """(B,): Spearman's correlation over the cells of maps (B, h, w); 0 if all cells of one are equal."""
+    ranks = [torch.from_numpy(rankdata(one.flatten(1).cpu().numpy(), axis=1)) for one in (maps, others)]
+    a, b = (rank - rank.mean(1, keepdim=True) for rank in ranks)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
+
+
 # ---- maps/evaluate.py: How good a map is: measured by the object's mask, and by deleting and inserting the patches that it ranks.
 
-STEPS = 10  # of deletion and insertion, each with a tenth of the patches
+STEPS = 10  # of deletion, insertion and SaCo, each with a tenth of the patches
 
 
 def comparable(maps):
@@ -2963,13 +3030,14 @@ def segmentation(maps, masks):
     return accuracy, (ious[0] + ious[1]) / 2
 
 
-def against_masks(maps, masks, outlines):
-    """{measure: (B,)} of maps (B, h, w), enlarged to the size of masks and outlines (B, H, W) bool."""
+def against_masks(maps, masks, outlines, others=None):
+    """{measure: (B,)} of maps (B, h, w), enlarged to the size of masks, outlines and others (B, H, W) bool."""
     maps = comparable(to_pixels(maps.cpu(), masks.shape[1:]))  # on the CPU: not all devices have float64
     accuracy, miou = segmentation(maps, masks)
     return {
         "pointing": pointing_game(maps, masks),
         "pointing_filled": pointing_game(maps, outlines),
+        **({} if others is None else {"pointing_other": pointing_game(maps, others)}),
         "mass_ratio": mass_ratio(maps, masks),
         "average_precision": average_precision(maps, masks),
         "pixel_accuracy": accuracy,
@@ -2985,12 +3053,12 @@ def over_patches(model, maps):
 
 
 @torch.no_grad()
-def deletion_and_insertion(model, images, maps, classes):
-    """Deletion and insertion curves, each (B, STEPS + 1) (Petsiuk et al. 2018).
+def by_removal(model, images, maps, classes):
+    """{"deletion", "insertion": curves (B, STEPS + 1) (Petsiuk et al. 2018), "saco": (B,)}.
 
-    They are the probabilities of `classes` (B,) while the patches of normalised images (B, C, H, W) are replaced by the
-    mean colour, the most relevant first, and while they are inserted into an image of the mean colour. maps is
-    (B, rows, columns), one value per patch.
+    The curves are the probabilities of `classes` (B,) while the patches of normalised images (B, C, H, W) are replaced
+    by the mean colour, the most relevant first, and while they are inserted into an image of the mean colour. maps is
+    (B, rows, columns), one value per patch. For saco, each tenth of the patches is replaced by itself.
     """
 
     def probability(inputs):
@@ -3001,20 +3069,42 @@ def deletion_and_insertion(model, images, maps, classes):
     height, width = images.shape[2:]
     _, right, _, bottom = getattr(model, "padding", (0, 0, 0, 0))
     rank = maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    ends = [round(step / STEPS * rank.shape[1]) for step in range(STEPS + 1)]
+    parts = [((low <= rank) & (rank < high)).unflatten(1, maps.shape[1:]) for low, high in itertools.pairwise(ends)]
     whole, empty = probability(images), probability(torch.zeros_like(images[:1]))  # zero is the mean colour
-    deletion, insertion = [whole], [empty]
-    for step in range(1, STEPS):
-        chosen = (rank < round(step / STEPS * rank.shape[1])).unflatten(1, maps.shape[1:])
-        chosen = F.interpolate(chosen[:, None].float(), (height + bottom, width + right), mode="nearest")
-        chosen = chosen[..., :height, :width]  # (B, 1, H, W)
-        deletion.append(probability(images * (1 - chosen)))
-        insertion.append(probability(images * chosen))
-    return torch.stack([*deletion, empty], 1), torch.stack([*insertion, whole], 1)
+    deletion, insertion, drops, removed = [whole], [empty], [], 0
+    for part in parts:
+        part = F.interpolate(part[:, None].float(), (height + bottom, width + right), mode="nearest")
+        part = part[..., :height, :width]  # (B, 1, H, W)
+        drops.append(whole - probability(images * (1 - part)))
+        removed = removed + part
+        if len(drops) < STEPS:
+            deletion.append(probability(images * (1 - removed)))
+            insertion.append(probability(images * removed))
+    shares = torch.stack([(maps * part).sum((1, 2)) for part in parts], 1)
+    curves = {"deletion": torch.stack([*deletion, empty], 1), "insertion": torch.stack([*insertion, whole], 1)}
+    return curves | {"saco": saco(shares, torch.stack(drops, 1))}
+
+
+def saco(shares, drops):
+    """(B,) in -1 ... 1: the salience-guided faithfulness coefficient (Wu et al. 2024, algorithm 1).
+
+    shares (B, K) are what a map gives to K groups of patches, the highest first, drops (B, K) how far the probability
+    falls without each. Each pair of groups counts by the difference of its shares, as negative if the group with the
+    larger share has the smaller drop. 0 if all shares are equal.
+    """
+    first, second = torch.triu_indices(shares.shape[1], shares.shape[1], offset=1)
+    weights = shares[:, first] - shares[:, second]  # (B, K * (K - 1) / 2), none negative
+    signs = torch.where(drops[:, first] >= drops[:, second], 1.0, -1.0)
+    return (weights * signs.to(weights)).sum(1) / weights.sum(1).clamp(min=1e-30)
 
 
 def area_under(curves):
     """(B,): the area under curves (B, steps) over the unit interval, by the trapezoidal rule."""
     return torch.trapezoid(curves.double(), dx=1 / (curves.shape[1] - 1), dim=1)
+
+
+BASELINES = ("uniform", "centred gaussian", "random")
 
 
 def centred_gaussian(grid):
@@ -3029,29 +3119,34 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None):
-    """({name: {measure: (mean, standard error)}}, {name: {"deletion", "insertion": mean curve}}) over all images.
+def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
+    """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
-    predicted classes) and returns maps (B, h, w). masks and outlines are (N, H, W) bool, or None if they are not known.
-    Before deletion and insertion, a map is averaged over each patch. Only their forward passes use mixed precision.
+    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh, a state dict of weights
+    that have learnt nothing, the maps are also compared with those while the model takes these weights. Before a
+    removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
     for images in batches:
         with torch.no_grad():
             classes = model(images).argmax(1)
-        for name, explain in explainers.items():
-            maps = explain(images, classes)
-            scores = {}
-            if masks is not None:
-                stop = start + len(images)
-                scores |= against_masks(maps, masks[start:stop], outlines[start:stop])
+        drawn = {key: mask[start : start + len(images)] for key, mask in masks.items()}
+        maps_of = {name: explain(images, classes) for name, explain in explainers.items()}
+        learning = {name: explain for name, explain in explainers.items() if name not in BASELINES}
+        redrawn = maps_while_redrawn(model, fresh, learning, images, classes) if fresh else {}
+        for name, maps in maps_of.items():
+            scores = against_masks(maps, **drawn) if drawn else {}
+            patches = over_patches(model, maps)
             if name != "uniform":  # it does not rank the patches
-                patches = over_patches(model, maps)
                 with precision.autocast():
-                    deletion, insertion = deletion_and_insertion(model, images, patches, classes)
-                scores |= {"deletion": deletion, "insertion": insertion}
+                    scores |= by_removal(model, images, patches, classes)
+            if name in redrawn:
+                stages = [rank_correlation(patches, over_patches(model, other)) for other in redrawn[name]]
+                scores |= {"redrawn": torch.stack(stages, 1), "rank_correlation": stages[-1]}
+                if drawn:
+                    scores["pointing_redrawn"] = against_masks(redrawn[name][-1], **drawn)["pointing"]
             for measure, values in scores.items():
                 found[name].setdefault(measure, []).append(values.cpu())
         start += len(images)
@@ -3060,7 +3155,8 @@ def evaluate(model, batches, explainers, precision, *, masks=None, outlines=None
     for name, measures in found.items():
         measures = {measure: torch.cat(values) for measure, values in measures.items()}
         curves[name] = {m: values.mean(0).tolist() for m, values in measures.items() if values.ndim == 2}
-        table[name] = {m: mean_and_error(v if v.ndim == 1 else area_under(v)) for m, v in measures.items()}
+        areas = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
+        table[name] = {measure: mean_and_error(values) for measure, values in areas.items()}
     return table, curves
 
 
@@ -3075,11 +3171,8 @@ def baselines(grid):
     def random(images, classes):
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
-    return {
-        "uniform": repeated(torch.ones(grid)),
-        "centred gaussian": repeated(centred_gaussian(grid)),
-        "random": random,
-    }
+    explainers = repeated(torch.ones(grid)), repeated(centred_gaussian(grid)), random
+    return dict(zip(BASELINES, explainers, strict=True))
 
 
 # ---- maps/draw.py: Figures of maps: over images, layer by layer and head by head, as matrices, deletion curves; and of predictions.
@@ -3142,6 +3235,21 @@ def panel_figure(images, captions, maps, *, interpolation="bilinear"):
     return figure
 
 
+def draw_comparison(path, image, caption, maps, *, interpolation="bilinear", dpi=150):
+    """The image, and each of {title: map (h, w)} over it, in rows of six."""
+    rows = -(-(len(maps) + 1) // 6)
+    figure, grid = subplots(rows, 6, width=14, height=2.5 * rows + 0.1)
+    for axes, (title, one_map) in itertools.zip_longest(
+        grid.flat, [(caption, None), *maps.items()], fillvalue=(None, None)
+    ):
+        if title is None:
+            axes.axis("off")
+        else:
+            show_image(axes, image, title.replace("_", " "), one_map, interpolation=interpolation)
+    add_colour_bar(figure, grid, aspect=20 * rows)
+    save_figure(figure, path, dpi)
+
+
 def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=150):
     """The map of every layer (a row) and head (a column) over the image; layers is (L, heads, rows, columns)."""
     depth, heads = layers.shape[:2]
@@ -3190,6 +3298,23 @@ def draw_matrix(path, matrix, caption, *, dpi=150):
     axes.set_ylabel("token that looks")
     axes.set_title(caption, fontsize=9)
     figure.colorbar(image, label="weight (logarithmic)")
+    save_figure(figure, path, dpi)
+
+
+def draw_redrawn(path, curves, layers, caption, *, dpi=150):
+    """The rank correlation with the map before, while the weights of these layers are redrawn one after the other."""
+    figure, ((axes,),) = subplots(1, 1, width=7, height=4.2)
+    found = {name: values["redrawn"] for name, values in curves.items() if "redrawn" in values}
+    for number, (name, values) in enumerate(found.items()):
+        style = ("-", "--")[number // 10 % 2]
+        axes.plot(
+            range(len(values) + 1), [1, *values], f"C{number % 10}", linestyle=style, label=name.replace("_", " ")
+        )
+    axes.set_xticks(range(len(layers) + 1), ["none", *layers], rotation=45, ha="right")
+    axes.set(xlabel="redrawn down to", ylabel="rank correlation with the map before")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.suptitle(caption, fontsize=9)
     save_figure(figure, path, dpi)
 
 
@@ -3299,15 +3424,14 @@ def normalised(pixels, checkpoint, device="cpu"):
 
 
 def object_masks(checkpoint, dataset, indices, split="test"):
-    """(masks, outlines), each (N, H, W) bool, of a split's images of `shapes`; (None, None) for other datasets."""
-    if checkpoint["args"]["dataset"] != "shapes":
-        return None, None
-    shapes = make_shapes(split)
-    size = dataset.test.images.shape[2:]
-    return tuple(
-        F.interpolate(m[indices, None].float(), size, mode="nearest")[:, 0].bool()
-        for m in (shapes.masks, shapes.outlines)
-    )
+    """{"masks", "outlines", "others" if there are any: (N, H, W) bool} of drawn images; empty for other datasets."""
+    name, size = checkpoint["args"]["dataset"], dataset.test.images.shape[2:]
+    drawn = make_shapes(split, name)._asdict() if name in SHAPES else {}
+    return {
+        key: F.interpolate(drawn[key][indices, None].float(), size, mode="nearest")[:, 0].bool()
+        for key in ("masks", "outlines", "others")
+        if drawn.get(key) is not None
+    }
 
 
 def find_class(text, classes, *, flag="--target"):
@@ -3374,6 +3498,8 @@ def maps_parser(description, methods, *, default):
     add("--dpi", type=number(int, low=20, high=1200), default=150, help="resolution, from 20 to 1200")
 
     add = parser.add_argument_group("evaluation").add_argument
+    help_text = "also compare the maps with those of redrawn weights, layer by layer from the head down"
+    add("--randomise", action="store_true", help=help_text)
     add("--batch-size", type=at_least(1), default=100, help="images per forward pass; lower it if memory runs out")
     return parser
 
@@ -3395,6 +3521,8 @@ def open_model(args, *, generates=False):
 
 def open_for_maps(args):
     """(checkpoint, model, chosen images, None) to draw, or (checkpoint, model, None, dataset) to evaluate."""
+    if args.randomise and not args.evaluate:
+        raise UserError("--randomise needs --evaluate")
     checkpoint, model = open_model(args)
     if args.image:
         return checkpoint, model, photographs(args.image, checkpoint), None
@@ -3410,13 +3538,23 @@ def output_folder(args):
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
+def learnt_nothing(table):
+    """The methods that point at the object more often than the centre does (by two standard errors), although the
+    weights are redrawn: they show the image, and not what the model has learnt."""
+    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
+    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
+    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
+
+
 def scores_text(table):
-    """A table of evaluate as aligned text: mean ± standard error."""
+    """A table of evaluate as aligned text: mean ± standard error, with a star at the methods of learnt_nothing."""
     measures = list(dict.fromkeys(measure for row in table.values() for measure in row))
-    lines = [["", *measures]]
+    lines, starred = [["", *measures]], learnt_nothing(table)
     for name, row in table.items():
-        lines.append([name, *("{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures)])
-    return aligned(lines)
+        cells = ["{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures]
+        lines.append([name + " *" * (name in starred), *cells])
+    note = "\n* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
+    return aligned(lines) + note * bool(starred)
 
 
 def read_table(path):
@@ -3438,7 +3576,7 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     if min(wanted, total) < 2:
         raise UserError(f"--num-images {wanted}: of {total} {args.split} images; a standard error needs two")
     indices = torch.linspace(0, total - 1, min(wanted, total)).round().long()
-    masks, outlines = object_masks(checkpoint, dataset, indices, args.split)
+    masks = object_masks(checkpoint, dataset, indices, args.split)
     device = next(model.parameters()).device
 
     def batches():
@@ -3446,10 +3584,12 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
             yield normalised(images_at(split.images, chunk), checkpoint, device)
 
     torch.manual_seed(0)  # for methods with random numbers
-    explainers = explainers | baselines(model.grid)
+    explainers, fresh = explainers | baselines(model.grid), None
+    if args.randomise:
+        fresh = rebuild_model(checkpoint, build_model, attention=args.attention, trained=False).to(device).state_dict()
     precision = Precision("auto", device)
     try:
-        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, outlines=outlines)
+        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, fresh=fresh)
     except Exception as error:
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
@@ -3478,7 +3618,10 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     write_json(path, record)
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
-    return [path, out / "deletion.png"]
+    if not any("redrawn" in values for values in curves.values()):
+        return [path, out / "deletion.png"]
+    draw_redrawn(out / "randomise.png", curves, layers_from_the_head(model.state_dict()), caption, dpi=args.dpi)
+    return [path, out / "deletion.png", out / "randomise.png"]
 
 
 # ---- maps/recorder.py: The attention weights of any model's forward pass, recorded without an edit to the model.
@@ -3776,6 +3919,187 @@ def maps_in_training_mode(model, images, *, join=report):
     return model_maps(model, join(layers), recorder.pooling)
 
 
+# ---- maps/balanced.py: AttnLRP and LibraGrad: pixel times gradient, with a gradient that is changed so that the sum is the logit.
+
+GATED = (F.gelu, F.silu)  # functions f with f(x) = x g(x) and g(0) = 1/2
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+BILINEAR = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, Tensor.__mul__)
+WITHOUT_RULE = (nn.MultiheadAttention, nn.GroupNorm, nn.RMSNorm, nn.Sigmoid, nn.Tanh)
+
+
+class BalancedGradients(TorchFunctionMode):
+    """A context in which a forward pass has its usual values, but a gradient that treats each layer as affine.
+
+    Layer normalisation divides by a constant, and GELU and SiLU are x times a constant. With rule "libragrad" (Mehri et
+    al. 2025) softmax is a constant, too. With "attnlrp" (Achtibat et al. 2024) it keeps its gradient, and a product of
+    two activations passes half of its gradient to each; "libragrad" does that for what is not attention. Linear layers
+    and convolutions stay as they are (AttnLRP's rule with epsilon 0).
+    """
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            if kwargs.pop("dropout_p", 0.0) or any(value not in (None, False) for value in kwargs.values()):
+                raise UserError(f"{self.rule}: no rule for attention with a mask or dropout: use integrated_gradients")
+            with self:  # its softmax and its products have rules
+                return explicit_attention(*args[:3])
+        if func is F.layer_norm:
+            return layer_norm(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in GATED:
+            return args[0] * torch.where(args[0] == 0, 0.5, result / args[0]).detach()
+        if func in SOFTMAX and self.rule == "libragrad":
+            return result.detach()
+        if func in BILINEAR and all(map(is_activation, args[:2])):
+            return result / 2 + (result / 2).detach()
+        return result
+
+
+def is_activation(x):
+    return torch.is_tensor(x) and x.requires_grad and not isinstance(x, nn.Parameter)
+
+
+def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    """F.layer_norm with a constant standard deviation."""
+    dims = tuple(range(-len(shape), 0))
+    x = x - x.mean(dims, keepdim=True)
+    x = x / (x.square().mean(dims, keepdim=True) + eps).sqrt().detach()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def balanced(model, images, classes, *, rule):
+    """(what each pixel contributes to the logit of classes (B,): maps (B, H, W), negative parts set to 0; None).
+
+    Over all pixels, negative parts included, and all biases, it adds up to the logit; with attnlrp, the constant part
+    of each softmax (what its gradient times its input leaves of its output) counts as a bias. Raises UserError for a
+    model with a layer that has no rule.
+    """
+    for module in model.modules():
+        if isinstance(module, WITHOUT_RULE):
+            raise UserError(f"{rule}: no rule for {type(module).__name__}: use integrated_gradients")
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        with BalancedGradients(rule):
+            logits = model(images)
+        (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), images)
+    return (images * gradient).sum(1).detach().clamp(min=0), None
+
+
+BALANCED = {rule: partial(balanced, rule=rule) for rule in ("attnlrp", "libragrad")}
+
+
+# ---- maps/attributions.py: Pixel attributions by Captum.
+
+INTERNAL_BATCH = 256  # images per forward pass, at most, in methods that need many passes
+STEPS_OF_PATH = 50  # of integrated gradients
+SAMPLES = 20  # of gradient SHAP
+
+
+def magnitude(attributions):
+    """Attributions (B, C, H, W) to maps (B, H, W): the absolute value of the sum over channels."""
+    return attributions.detach().sum(1).abs()
+
+
+def saliency(model, images, classes):
+    """|∂ logit / ∂ pixel|, the maximum over channels (Simonyan et al. 2014)."""
+    return Saliency(model).attribute(images.clone().requires_grad_(), target=classes).detach().amax(1), None
+
+
+def input_x_gradient(model, images, classes):
+    """Pixel times gradient (Shrikumar et al. 2017)."""
+    return magnitude(InputXGradient(model).attribute(images.clone().requires_grad_(), target=classes)), None
+
+
+def integrated_gradients(model, images, classes):
+    """Gradients along the straight line from the mean colour to the image (Sundararajan et al. 2017)."""
+    attributions, delta = IntegratedGradients(model).attribute(
+        images,
+        target=classes,
+        n_steps=STEPS_OF_PATH,
+        internal_batch_size=max(INTERNAL_BATCH, len(images)),
+        return_convergence_delta=True,
+    )
+    return magnitude(attributions), delta
+
+
+def gradient_shap(model, images, classes):
+    """Expected gradients from random points between noisy images and the mean colour (Lundberg & Lee 2017)."""
+    np.random.seed(torch.randint(2**31, ()).item())  # Captum draws from numpy's generator as well
+    found, deltas = [], []
+    share = max(1, INTERNAL_BATCH // SAMPLES)  # each image becomes SAMPLES noisy ones
+    baselines = torch.zeros_like(images[:1])
+    for chunk, targets in zip(images.split(share), classes.split(share), strict=True):
+        attributions, delta = GradientShap(model).attribute(
+            chunk, baselines, target=targets, n_samples=SAMPLES, stdevs=0.1, return_convergence_delta=True
+        )
+        found.append(magnitude(attributions))
+        deltas.append(delta.unflatten(0, (len(chunk), SAMPLES)).mean(1))
+    return torch.cat(found), torch.cat(deltas)
+
+
+def occlusion(model, images, classes):
+    """How much the logit falls if a square of a quarter of the image's side is covered (Zeiler & Fergus 2014)."""
+    channels, height, width = images.shape[1:]
+    window = (max(1, height // 4), max(1, width // 4))
+    attributions = Occlusion(model).attribute(
+        images,
+        target=classes,
+        sliding_window_shapes=(channels, *window),
+        strides=(channels, max(1, window[0] // 2), max(1, window[1] // 2)),
+        baselines=0,
+        perturbations_per_eval=max(1, INTERNAL_BATCH // len(images)),
+    )
+    return attributions.detach().sum(1).clamp(min=0), None
+
+
+def grad_cam(model, images, classes):
+    """Grad-CAM (Selvaraju et al. 2017) of a transformer's tokens (see token_grad_cam) or a ResNet's `layer4`.
+
+    A transformer has `blocks`, or torch's nn.MultiheadAttention. Raises UserError for a model with neither.
+    """
+    multihead = [module for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
+    if hasattr(model, "blocks") or multihead:
+        attention = model.blocks[-1].attn if hasattr(model, "blocks") else multihead[-1]
+        return token_grad_cam(model, attention, images, classes), None
+    if not hasattr(model, "layer4"):
+        raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4: choose another --method")
+    cam = LayerGradCam(model, model.layer4).attribute(images, target=classes, relu_attributions=True)
+    return cam.detach()[:, 0], None
+
+
+def token_grad_cam(model, attention, images, classes):
+    """Grad-CAM of the tokens that enter `attention`, the last block's: (B, rows, columns), as in without_padding.
+
+    After that attention only the class token has a gradient. If the block is used several times, the last use counts.
+    """
+    kept = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    with hook, torch.enable_grad():
+        logits = model(images)
+        (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
+    features = kept[-1].detach()  # (B, N, dim); the class token comes first, if there is one
+    importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
+    rows, columns = model.grid
+    relevance = (features * importance).sum(2).clamp(min=0)  # (B, N)
+    return without_padding(model, relevance[:, -rows * columns :].unflatten(1, (rows, columns)))
+
+
+ATTRIBUTIONS = {
+    "saliency": saliency,
+    "input_x_gradient": input_x_gradient,
+    "integrated_gradients": integrated_gradients,
+    "gradient_shap": gradient_shap,
+    "occlusion": occlusion,
+    "grad_cam": grad_cam,
+    **BALANCED,
+}
+
+
 # ---- rollout.py: Draw where a model's attention looks, or measure how well its maps point at the object.
 
 def rollout_parser():
@@ -3790,7 +4114,42 @@ def rollout_parser():
     help_text = "also draw the matrix of these layers' attention, numbered from 1"
     add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
     add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
+    help_text = (
+        "draw every method for the same image instead, those of attribute.py too; after --evaluate, the best first"
+    )
+    add("--compare", action="store_true", help=help_text)
     return parser
+
+
+def draw_comparisons(args, model, checkpoint, chosen, out):
+    """Write one figure per image with the maps of all methods; returns the paths.
+
+    The methods are ordered by pointing, or else by saco, in the folder's evaluation.json. Those that the model does not
+    support are named.
+    """
+    device = next(model.parameters()).device
+    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
+    with torch.no_grad():
+        probabilities = model(inputs).softmax(1)
+    classes = probabilities.argmax(1)
+    if args.target is not None:
+        classes = torch.full_like(classes, find_class(args.target, checkpoint["classes"]))
+    found, _ = attention_maps(model, inputs, METHODS, targets=classes)
+    for name, attribute in ATTRIBUTIONS.items():
+        try:
+            found[name] = attribute(model, inputs, classes)[0]
+        except UserError as error:
+            print(f"left out: {error}")
+    scores = (read_table(out / "evaluation.json") or {}).get("scores", {})
+    measure = next((m for m in ("pointing", "saco") if any(m in row for row in scores.values())), None)
+    order = sorted(found, key=lambda name: -scores.get(name, {}).get(measure, (-2,))[0])
+    written = []
+    for i, explained in enumerate(chosen):
+        written.append(out / f"{explained.name}-compare.{args.format}")
+        maps = {name: found[name][i].cpu().numpy() for name in order}
+        caption = caption_of(explained, probabilities[i].cpu(), checkpoint["classes"])
+        draw_comparison(written[-1], explained.shown, caption, maps, interpolation=args.interpolation, dpi=args.dpi)
+    return written
 
 
 def draw_maps(args, model, checkpoint, chosen, out):
@@ -3874,7 +4233,7 @@ def main(argv=None):
     if args.evaluate:
         written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
     else:
-        written = draw_maps(args, model, checkpoint, chosen, out)
+        written = (draw_comparisons if args.compare else draw_maps)(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

@@ -1577,7 +1577,7 @@ def place_groups(counts, shares, rng):
     return parts
 
 
-# ---- pipeline/shapes.py: The built-in dataset: shapes drawn on textured backgrounds, with a mask of each shape.
+# ---- pipeline/shapes.py: The built-in datasets: shapes drawn on textured backgrounds, with a mask of each shape.
 
 SIZE = 32
 COUNTS = {"train": 20_000, "val": 2_000, "test": 2_000}
@@ -1595,6 +1595,7 @@ class ShapeSet(NamedTuple):
     labels: torch.Tensor  # (N,) int64
     masks: torch.Tensor  # (N, 32, 32) bool: the pixels of the shape
     outlines: torch.Tensor  # (N, 32, 32) bool: the mask with its hole filled
+    others: torch.Tensor | None = None  # (N, 32, 32) bool: in shapes_pair, the pixels of the other shape alone
 
 
 def length(x, y):
@@ -1643,16 +1644,20 @@ def unit_area(distances):
     return (inside[0].sum() - sum(hole.sum() for hole in inside[1:])) / 1e4
 
 
-def draw_shapes(rng, name, count):
-    """`count` shapes of a class: coverage of each pixel (N, 32, 32) in [0, 1], masks and outlines (N, 32, 32) bool."""
+def draw_shapes(rng, name, count, *, centre=None, share=1):
+    """`count` shapes of a class: coverage of each pixel (N, 32, 32) in [0, 1], masks and outlines (N, 32, 32) bool.
+
+    centre (2, N, 1, 1) are the columns and rows of their centres; share is that of their area in `shapes`.
+    """
     distances = DISTANCES[name] if isinstance(DISTANCES[name], tuple) else (DISTANCES[name],)
     unit = unit_area(distances)
-    centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
+    if centre is None:
+        centre = MARGIN + (SIZE - 2 * MARGIN) * rng.random((2, count, 1, 1), dtype=np.float32)
     outer, inner = np.empty((2, count, SIZE, SIZE), np.float32)  # distances to the outline and to the hole
     left = np.arange(count)
     while len(left):  # a shape outside COVERAGE is drawn again with another size and angle, at the same centre
         area = rng.random((len(left), 1, 1), dtype=np.float32) * 0.15 + 0.095
-        scale = np.sqrt(area * SIZE * SIZE / np.float32(unit))
+        scale = np.sqrt(area * share * SIZE * SIZE / np.float32(unit))
         c, s = DIRECTIONS[rng.integers(256, size=len(left))].T[:, :, None, None]
         x, y = X - centre[0, left], Y - centre[1, left]
         x, y = (x * c + y * s) / scale, (y * c - x * s) / scale
@@ -1660,7 +1665,7 @@ def draw_shapes(rng, name, count):
         inner[left] = -distances[1](x, y) * scale if len(distances) > 1 else -np.inf
         mask_share = (np.maximum(outer[left], inner[left]) < 0).mean((1, 2))
         outline_share = (outer[left] < 0).mean((1, 2))
-        left = left[(mask_share < COVERAGE[0]) | (outline_share > COVERAGE[1])]
+        left = left[(mask_share < share * COVERAGE[0]) | (outline_share > share * COVERAGE[1])]
     both = np.maximum(outer, inner)
     return np.clip(np.float32(0.5) - both, 0, 1), both < 0, outer < 0
 
@@ -1690,35 +1695,56 @@ def draw_backgrounds(rng, count):
 
 
 def draw(rng, name, count):
-    """`count` images of one class: (N, 3, 32, 32) uint8, masks and outlines (N, 32, 32) bool."""
+    """`count` images of one class: (N, 3, 32, 32) float32, masks and outlines (N, 32, 32) bool."""
     coverage, masks, outlines = draw_shapes(rng, name, count)
     images = draw_backgrounds(rng, count)
     colour = rng.integers(120, 256, (count, 3, 1, 1)).astype(np.float32)
-    images += (colour - images) * coverage[:, None]
-    noise = rng.integers(0, 32, (2, *images.shape), dtype=np.uint8)
-    images += noise[0].astype(np.float32) - noise[1]
-    return np.clip(np.rint(images), 0, 255).astype(np.uint8), masks, outlines
+    return images + (colour - images) * coverage[:, None], masks, outlines
 
 
-def make_shapes(split):
-    """The ShapeSet of "train", "val" or "test"; all classes have the same number of images."""
-    number = list(COUNTS).index(split)
+def draw_pair(rng, name, other, count):
+    """draw, with a red shape of the class and a blue one of the class `other`; also the pixels of the latter alone."""
+    images, drawn = draw_backgrounds(rng, count), []
+    columns = np.where(rng.random(count) < 0.5, 8, 24)  # of the blue one
+    for shape in (other, name):
+        x, y = rng.random((2, count), dtype=np.float32)
+        centre = np.stack([columns - 2 + 4 * x, 8 + 16 * y]).astype(np.float32)[:, :, None, None]
+        coverage, masks, outlines = draw_shapes(rng, shape, count, centre=centre, share=np.float32(0.45))
+        colour = [rng.integers(low, high, count) for low, high in ((160, 256), (0, 90), (0, 90))]
+        colour = np.stack(colour[:: 1 if shape is name else -1], 1)[:, :, None, None].astype(np.float32)
+        images += (colour - images) * coverage[:, None]
+        columns = SIZE - columns
+        drawn.append(masks)
+    return images, masks, outlines, drawn[0] & ~masks
+
+
+def make_shapes(split, name="shapes"):
+    """The ShapeSet of "train", "val" or "test" of a dataset; all classes have the same number of images."""
+    number, pair = list(COUNTS).index(split), name == "shapes_pair"
     count = COUNTS[split]
     order = np.random.default_rng([number, 0]).permutation(count)  # where each drawn image goes
     images = np.empty((count, 3, SIZE, SIZE), np.uint8)
-    masks, outlines = np.empty((2, count, SIZE, SIZE), bool)
+    masks = np.empty((3 if pair else 2, count, SIZE, SIZE), bool)  # as in a ShapeSet
     labels = np.empty(count, np.int64)
 
     def fill(start):
-        label = start // CHUNK % len(CLASSES)
+        turn, label = divmod(start // CHUNK, len(CLASSES))
         where = order[start : start + CHUNK]
-        rng = np.random.default_rng([number, 1, start])
-        images[where], masks[where], outlines[where] = draw(rng, CLASSES[label], len(where))
-        labels[where] = label
+        rng = np.random.default_rng([number, 2 if pair else 1, start])
+        if pair:
+            other = CLASSES[(label + 1 + turn % 9) % 10]
+            pixels, *masks[:, where] = draw_pair(rng, CLASSES[label], other, len(where))
+        else:
+            pixels, *masks[:, where] = draw(rng, CLASSES[label], len(where))
+        noise = rng.integers(0, 32, (2, *pixels.shape), dtype=np.uint8)
+        pixels = np.clip(np.rint(pixels + (noise[0].astype(np.float32) - noise[1])), 0, 255).astype(np.uint8)
+        if name == "shapes_even":
+            pixels = np.where(rng.random((len(where), 1, 1, 1)) < 0.5, 255 - pixels, pixels)
+        images[where], labels[where] = pixels, label
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, count, CHUNK)))
-    return ShapeSet(*map(torch.from_numpy, (images, labels, masks, outlines)))
+    return ShapeSet(*map(torch.from_numpy, (images, labels, *masks)))
 
 
 # ---- pipeline/policies.py: AutoAugment, RandAugment and TrivialAugment on a batch of uint8 images; each image draws its own operations.
@@ -2277,7 +2303,8 @@ def implied_dataset(given):
 
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", "webdataset", *IMAGENETTES)
+SHAPES = ("shapes", "shapes_even", "shapes_pair")  # drawn, with a mask of each shape
+DATASETS = ("cifar10", "cifar100", *SHAPES, "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -2375,7 +2402,7 @@ def load_dataset(
         read = partial(read_large_folder, crop_pct=crop_pct) if large else read_folder
         classes, splits = read(folder, image_size, cache_dir, channels=channels)
     else:
-        classes, splits = {"shapes": read_shapes, "cifar10": read_cifar, "cifar100": read_cifar}[name](name, data_dir)
+        classes, splits = (read_shapes if name in SHAPES else read_cifar)(name, data_dir)
     if name != "folder" and len(classes) > (most := count_classes(name, data_dir)):
         raise UserError(f"{folder} has {len(classes)} class folders, but {name} has {most}: use --dataset folder")
     if name in IMAGENETTES:
@@ -2420,7 +2447,7 @@ def dataset_of(args, statistics=None):
 
 
 def read_shapes(name, data_dir):
-    sets = {split: make_shapes(split) for split in ("train", "val", "test")}
+    sets = {split: make_shapes(split, name) for split in ("train", "val", "test")}
     return CLASSES, {split: (s.images, s.labels, np.arange(len(s.labels))) for split, s in sets.items()}
 
 
@@ -5065,7 +5092,7 @@ def vit_parser():
 def chosen_recipe(given):
     """(name, defaults) of the recipe that the flags on the command line ask for."""
     dataset = implied_dataset(given)
-    name = given.get("recipe", "quick" if dataset == "shapes" else "report")
+    name = given.get("recipe", "quick" if dataset in SHAPES else "report")
     changes = LIGHT if name == "strong" and given.get("epochs", SHORT) < SHORT else {}
     model = given.get("model", RECIPES[name]["model"])
     if dataset in ("folder", *IMAGENETTES) and model != "vit":

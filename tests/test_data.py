@@ -9,6 +9,8 @@ from conftest import write_images
 
 from data import Split, count_classes, dataset_of, describe, load_dataset
 from errors import UserError
+from maps.evaluate import against_masks
+from maps.images import object_masks
 from pipeline.splits import split_by_class
 
 
@@ -74,8 +76,14 @@ def test_cifar_may_lie_there_as_folders(tmp_path):
     assert dataset.train.images.shape == (6, 3, 32, 32) and len(dataset.test.labels) == 6
 
 
-def test_shapes_and_resizing():
-    dataset = load_dataset("shapes", data_dir=None, image_size=16)
+@pytest.mark.parametrize("name", ["shapes", "shapes_pair"])
+def test_shapes_and_resizing(name):
+    dataset = load_dataset(name, data_dir=None, image_size=16)
+    masks = object_masks({"args": {"dataset": name}}, dataset, torch.arange(3))
+    assert {*masks} == {"masks", "outlines", *(["others"] if name == "shapes_pair" else [])}
+    assert all(mask.shape == (3, 16, 16) and mask.any() for mask in masks.values())
+    score = against_masks(masks["masks"].float(), **masks)
+    assert score["pointing"].tolist() == [1] * 3 and sum(score.get("pointing_other", torch.zeros(3))) == 0
     assert dataset.train.images.shape == (20_000, 3, 16, 16) and len(dataset.val.labels) == 2000
     expected = dataset.train.images.double().div(255)
     assert dataset.mean == pytest.approx(expected.mean((0, 2, 3)).tolist(), abs=1e-9)
