@@ -3123,9 +3123,9 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
     """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
-    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh, a state dict of weights
-    that have learnt nothing, the maps are also compared with those while the model takes these weights. Before a
-    removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
+    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh(), which gives a state dict
+    of weights that have learnt nothing, the maps are also compared with those of such weights, others for each batch.
+    Before a removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
@@ -3135,7 +3135,7 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
         drawn = {key: mask[start : start + len(images)] for key, mask in masks.items()}
         maps_of = {name: explain(images, classes) for name, explain in explainers.items()}
         learning = {name: explain for name, explain in explainers.items() if name not in BASELINES}
-        redrawn = maps_while_redrawn(model, fresh, learning, images, classes) if fresh else {}
+        redrawn = maps_while_redrawn(model, fresh(), learning, images, classes) if fresh else {}
         for name, maps in maps_of.items():
             scores = against_masks(maps, **drawn) if drawn else {}
             patches = over_patches(model, maps)
@@ -3565,6 +3565,17 @@ def read_table(path):
         return None
 
 
+def merged_tables(path, record, table, curves):
+    """(table, curves) with the rows that an evaluation.json holds, if they are of the same weights and images."""
+    before = read_table(path)
+    if not before:
+        return table, curves
+    if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
+        print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
+        return table, curves
+    return before["scores"] | table, before["curves"] | curves
+
+
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
     """Evaluate explainers (see evaluate) and the baselines on --num-images images, evenly spread over --split.
 
@@ -3584,12 +3595,16 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
             yield normalised(images_at(split.images, chunk), checkpoint, device)
 
     torch.manual_seed(0)  # for methods with random numbers
-    explainers, fresh = explainers | baselines(model.grid), None
-    if args.randomise:
-        fresh = rebuild_model(checkpoint, build_model, attention=args.attention, trained=False).to(device).state_dict()
+    explainers = explainers | baselines(model.grid)
+
+    def fresh():
+        return rebuild_model(checkpoint, build_model, attention=args.attention, trained=False).to(device).state_dict()
+
     precision = Precision("auto", device)
     try:
-        table, curves = evaluate(model, batches(), explainers, precision, masks=masks, fresh=fresh)
+        table, curves = evaluate(
+            model, batches(), explainers, precision, masks=masks, fresh=fresh if args.randomise else None
+        )
     except Exception as error:
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
@@ -3607,15 +3622,9 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "patches": list(model.grid),
     }
     path = out / "evaluation.json"
-    before = read_table(path)
-    if before:
-        if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
-            print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
-        else:
-            table, curves = before["scores"] | table, before["curves"] | curves
-    record |= {"scores": table, "curves": curves}
+    table, curves = merged_tables(path, record, table, curves)
     print(scores_text(table))
-    write_json(path, record)
+    write_json(path, record | {"scores": table, "curves": curves})
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     if not any("redrawn" in values for values in curves.values()):

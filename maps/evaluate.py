@@ -150,9 +150,9 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
     """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
-    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh, a state dict of weights
-    that have learnt nothing, the maps are also compared with those while the model takes these weights. Before a
-    removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
+    predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh(), which gives a state dict
+    of weights that have learnt nothing, the maps are also compared with those of such weights, others for each batch.
+    Before a removal of patches, a map is averaged over each patch; only these forward passes use mixed precision.
     """
     found = {name: {} for name in explainers}
     start = 0
@@ -162,7 +162,7 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
         drawn = {key: mask[start : start + len(images)] for key, mask in masks.items()}
         maps_of = {name: explain(images, classes) for name, explain in explainers.items()}
         learning = {name: explain for name, explain in explainers.items() if name not in BASELINES}
-        redrawn = maps_while_redrawn(model, fresh, learning, images, classes) if fresh else {}
+        redrawn = maps_while_redrawn(model, fresh(), learning, images, classes) if fresh else {}
         for name, maps in maps_of.items():
             scores = against_masks(maps, **drawn) if drawn else {}
             patches = over_patches(model, maps)
