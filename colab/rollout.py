@@ -4143,7 +4143,8 @@ def draw_comparisons(args, model, checkpoint, chosen, out):
     classes = probabilities.argmax(1)
     if args.target is not None:
         classes = torch.full_like(classes, find_class(args.target, checkpoint["classes"]))
-    found, _ = attention_maps(model, inputs, METHODS, targets=classes)
+    options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
+    found, _ = attention_maps(model, inputs, METHODS, targets=classes, **options)
     for name, attribute in ATTRIBUTIONS.items():
         try:
             found[name] = attribute(model, inputs, classes)[0]
@@ -4237,6 +4238,9 @@ def attention_explainers(model, args):
 def main(argv=None):
     """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = rollout_parser().parse_args(argv)
+    others = [name for name in ("evaluate", "method", "layers", "matrix", "layer", "patches") if getattr(args, name)]
+    if args.compare and others:
+        raise UserError(f"--compare and --{others[0]} exclude each other")
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:

@@ -178,6 +178,8 @@ def test_all_methods_are_compared_the_best_first(shapes_run, tmp_path, monkeypat
     monkeypatch.undo()
     (path,) = script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path)])
     assert path.name == "3-compare.png" and Image.open(path).size[0] > 1500
+    with pytest.raises(UserError, match="^--compare and --method exclude each other$"):
+        script.main([str(shapes_run), "--compare", "--method", "raw"])
 
 
 def test_evaluation_where_the_object_is_not_known(run):
