@@ -2,27 +2,64 @@
 
     python attribute.py checkpoints/vit --index 3
     python attribute.py checkpoints/vit --image photo.jpg --method integrated_gradients --target cat ship
+    python attribute.py checkpoints/vit --compare
     python attribute.py checkpoints/vit --evaluate
 
-Unlike rollout.py it needs no attention in the model.
+Unlike rollout.py it needs no attention in the model. --compare draws the maps of both commands.
 """
 
 import re
 
 import torch
 
-from errors import run_script
+from errors import UserError, run_script
 from maps.attributions import ATTRIBUTIONS
-from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
-from maps.draw import draw_attributions, save_map
+from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder, read_table
+from maps.draw import draw_attributions, draw_comparison, save_map
 from maps.images import caption_of, find_class, normalised
+from maps.methods import METHODS, attention_maps
 
 
 def attribute_parser():
     parser = maps_parser(__doc__, tuple(ATTRIBUTIONS), default="integrated_gradients")
     help_text = "the classes to explain, one row each (default: the predicted one)"
     parser.add_argument("--target", nargs="+", metavar="CLASS", help=help_text)
+    help_text = "draw all methods for the same image instead, those of rollout.py too; after --evaluate, the best first"
+    parser.add_argument("--compare", action="store_true", help=help_text)
     return parser
+
+
+def compare_methods(args, model, checkpoint, chosen, out):
+    """Write one figure per image with the maps of all methods; returns the paths.
+
+    The methods are ordered by pointing, or else by saco, in the folder's evaluation.json. Those that the model does not
+    support are named.
+    """
+    device = next(model.parameters()).device
+    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
+    with torch.no_grad():
+        probabilities = model(inputs).softmax(1)
+    classes = probabilities.argmax(1)
+    if args.target:
+        classes = torch.full_like(classes, find_class(args.target[0], checkpoint["classes"]))
+    ways = [lambda: attention_maps(model, inputs, METHODS, targets=classes)[0]]
+    ways += [lambda name=name: {name: ATTRIBUTIONS[name](model, inputs, classes)[0]} for name in ATTRIBUTIONS]
+    found = {}
+    for way in ways:
+        try:
+            found |= way()
+        except UserError as error:
+            print(f"left out: {error}")
+    scores = (read_table(out / "evaluation.json") or {}).get("scores", {})
+    measure = next((m for m in ("pointing", "saco") if any(m in row for row in scores.values())), None)
+    order = sorted(found, key=lambda name: -scores.get(name, {}).get(measure, (-2,))[0])
+    written = []
+    for i, explained in enumerate(chosen):
+        written.append(out / f"{explained.name}-compare.{args.format}")
+        maps = {name: found[name][i].cpu().numpy() for name in order}
+        caption = caption_of(explained, probabilities[i].cpu(), checkpoint["classes"])
+        draw_comparison(written[-1], explained.shown, caption, maps, interpolation=args.interpolation, dpi=args.dpi)
+    return written
 
 
 def draw_image_attributions(args, model, checkpoint, chosen, out):
@@ -59,6 +96,8 @@ def draw_image_attributions(args, model, checkpoint, chosen, out):
 def main(argv=None):
     """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = attribute_parser().parse_args(argv)
+    if args.compare and (args.evaluate or args.method or len(args.target or ()) > 1):
+        raise UserError("--compare draws all methods for one class: without --evaluate, --method or a second --target")
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     torch.manual_seed(0)  # for methods with random numbers
@@ -69,7 +108,7 @@ def main(argv=None):
         }
         written = evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out)
     else:
-        written = draw_image_attributions(args, model, checkpoint, chosen, out)
+        written = (compare_methods if args.compare else draw_image_attributions)(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

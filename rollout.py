@@ -3,7 +3,6 @@
     python rollout.py checkpoints/vit --index 3 17 42
     python rollout.py checkpoints/vit --image photo.jpg --method all
     python rollout.py checkpoints/vit --class bird --split train --layer 1 --patches
-    python rollout.py checkpoints/vit --compare
     python rollout.py checkpoints/vit --evaluate
 
 rollout, raw and report say where information flows, whatever the class; gradient_rollout and relevance, which attention
@@ -21,8 +20,8 @@ import re
 import torch
 
 from errors import UserError, run_script
-from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder, read_table
-from maps.draw import draw_comparison, draw_layers, draw_matrix, draw_panel, draw_patches, save_map
+from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
+from maps.draw import draw_layers, draw_matrix, draw_panel, draw_patches, save_map
 from maps.images import caption_of, find_class, normalised
 from maps.methods import (
     METHODS,
@@ -57,45 +56,7 @@ def rollout_parser():
     help_text = "also draw the matrix of these layers' attention, numbered from 1"
     add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
     add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
-    help_text = (
-        "draw every method for the same image instead, those of attribute.py too; after --evaluate, the best first"
-    )
-    add("--compare", action="store_true", help=help_text)
     return parser
-
-
-def draw_comparisons(args, model, checkpoint, chosen, out):
-    """Write one figure per image with the maps of all methods; returns the paths.
-
-    The methods are ordered by pointing, or else by saco, in the folder's evaluation.json. Those that the model does not
-    support are named.
-    """
-    from maps.attributions import ATTRIBUTIONS  # only if it is asked for
-
-    device = next(model.parameters()).device
-    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
-    with torch.no_grad():
-        probabilities = model(inputs).softmax(1)
-    classes = probabilities.argmax(1)
-    if args.target is not None:
-        classes = torch.full_like(classes, find_class(args.target, checkpoint["classes"]))
-    options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
-    found, _ = attention_maps(model, inputs, METHODS, targets=classes, **options)
-    for name, attribute in ATTRIBUTIONS.items():
-        try:
-            found[name] = attribute(model, inputs, classes)[0]
-        except UserError as error:
-            print(f"left out: {error}")
-    scores = (read_table(out / "evaluation.json") or {}).get("scores", {})
-    measure = next((m for m in ("pointing", "saco") if any(m in row for row in scores.values())), None)
-    order = sorted(found, key=lambda name: -scores.get(name, {}).get(measure, (-2,))[0])
-    written = []
-    for i, explained in enumerate(chosen):
-        written.append(out / f"{explained.name}-compare.{args.format}")
-        maps = {name: found[name][i].cpu().numpy() for name in order}
-        caption = caption_of(explained, probabilities[i].cpu(), checkpoint["classes"])
-        draw_comparison(written[-1], explained.shown, caption, maps, interpolation=args.interpolation, dpi=args.dpi)
-    return written
 
 
 def draw_maps(args, model, checkpoint, chosen, out):
@@ -174,15 +135,12 @@ def attention_explainers(model, args):
 def main(argv=None):
     """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = rollout_parser().parse_args(argv)
-    others = [name for name in ("evaluate", "method", "layers", "matrix", "layer", "patches") if getattr(args, name)]
-    if args.compare and others:
-        raise UserError(f"--compare and --{others[0]} exclude each other")
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:
         written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
     else:
-        written = (draw_comparisons if args.compare else draw_maps)(args, model, checkpoint, chosen, out)
+        written = draw_maps(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

@@ -26,10 +26,8 @@ def speed_parser(description):
     return parser
 
 
-def images_per_second(run, device, seconds, settle=0):
-    """Call run(), which returns its number of images, for at least `seconds`, after `settle` uncounted calls."""
-    for _ in range(settle):
-        run()
+def images_per_second(run, device, seconds):
+    """Call run(), which returns its number of images, for at least `seconds`."""
     start, count = time.perf_counter(), 0
     while True:
         count += run()
@@ -39,7 +37,7 @@ def images_per_second(run, device, seconds, settle=0):
             return count / elapsed
 
 
-def take_turns(ways, device, *, rounds, seconds, settle=0):
+def take_turns(ways, device, *, rounds, seconds):
     """{way: images per second in each round} of {way: run}, after a short round that does not count.
 
     If a run has a method settings(), its turns take place in that context.
@@ -48,7 +46,7 @@ def take_turns(ways, device, *, rounds, seconds, settle=0):
     for number in range(rounds + 1):
         for name, run in ways.items():
             with getattr(run, "settings", nullcontext)():
-                speed = images_per_second(run, device, seconds if number else seconds / 5, settle)
+                speed = images_per_second(run, device, seconds if number else seconds / 5)
             speeds[name] += [speed] if number else []
     return speeds
 

@@ -45,17 +45,15 @@ import zipfile
 
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
-from captum.attr import GradientShap, InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 import numpy as np
 from scipy.stats import rankdata
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.overrides import TorchFunctionMode
 import torchvision
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -3235,21 +3233,6 @@ def panel_figure(images, captions, maps, *, interpolation="bilinear"):
     return figure
 
 
-def draw_comparison(path, image, caption, maps, *, interpolation="bilinear", dpi=150):
-    """The image, and each of {title: map (h, w)} over it, in rows of six."""
-    rows = -(-(len(maps) + 1) // 6)
-    figure, grid = subplots(rows, 6, width=14, height=2.5 * rows + 0.1)
-    for axes, (title, one_map) in itertools.zip_longest(
-        grid.flat, [(caption, None), *maps.items()], fillvalue=(None, None)
-    ):
-        if title is None:
-            axes.axis("off")
-        else:
-            show_image(axes, image, title.replace("_", " "), one_map, interpolation=interpolation)
-    add_colour_bar(figure, grid, aspect=20 * rows)
-    save_figure(figure, path, dpi)
-
-
 def draw_layers(path, image, caption, layers, *, interpolation="bilinear", dpi=150):
     """The map of every layer (a row) and head (a column) over the image; layers is (L, heads, rows, columns)."""
     depth, heads = layers.shape[:2]
@@ -3928,187 +3911,6 @@ def maps_in_training_mode(model, images, *, join=report):
     return model_maps(model, join(layers), recorder.pooling)
 
 
-# ---- maps/balanced.py: AttnLRP and LibraGrad: pixel times gradient, with a gradient that is changed so that the sum is the logit.
-
-GATED = (F.gelu, F.silu)  # functions f with f(x) = x g(x) and g(0) = 1/2
-SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-BILINEAR = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, Tensor.__mul__)
-WITHOUT_RULE = (nn.MultiheadAttention, nn.GroupNorm, nn.RMSNorm, nn.Sigmoid, nn.Tanh)
-
-
-class BalancedGradients(TorchFunctionMode):
-    """A context in which a forward pass has its usual values, but a gradient that treats each layer as affine.
-
-    Layer normalisation divides by a constant, and GELU and SiLU are x times a constant. With rule "libragrad" (Mehri et
-    al. 2025) softmax is a constant, too. With "attnlrp" (Achtibat et al. 2024) it keeps its gradient, and a product of
-    two activations passes half of its gradient to each; "libragrad" does that for what is not attention. Linear layers
-    and convolutions stay as they are (AttnLRP's rule with epsilon 0).
-    """
-
-    def __init__(self, rule):
-        super().__init__()
-        self.rule = rule
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            if kwargs.pop("dropout_p", 0.0) or any(value not in (None, False) for value in kwargs.values()):
-                raise UserError(f"{self.rule}: no rule for attention with a mask or dropout: use integrated_gradients")
-            with self:  # its softmax and its products have rules
-                return explicit_attention(*args[:3])
-        if func is F.layer_norm:
-            return layer_norm(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if func in GATED:
-            return args[0] * torch.where(args[0] == 0, 0.5, result / args[0]).detach()
-        if func in SOFTMAX and self.rule == "libragrad":
-            return result.detach()
-        if func in BILINEAR and all(map(is_activation, args[:2])):
-            return result / 2 + (result / 2).detach()
-        return result
-
-
-def is_activation(x):
-    return torch.is_tensor(x) and x.requires_grad and not isinstance(x, nn.Parameter)
-
-
-def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-    """F.layer_norm with a constant standard deviation."""
-    dims = tuple(range(-len(shape), 0))
-    x = x - x.mean(dims, keepdim=True)
-    x = x / (x.square().mean(dims, keepdim=True) + eps).sqrt().detach()
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
-
-
-def balanced(model, images, classes, *, rule):
-    """(what each pixel contributes to the logit of classes (B,): maps (B, H, W), negative parts set to 0; None).
-
-    Over all pixels, negative parts included, and all biases, it adds up to the logit; with attnlrp, the constant part
-    of each softmax (what its gradient times its input leaves of its output) counts as a bias. Raises UserError for a
-    model with a layer that has no rule.
-    """
-    for module in model.modules():
-        if isinstance(module, WITHOUT_RULE):
-            raise UserError(f"{rule}: no rule for {type(module).__name__}: use integrated_gradients")
-    images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        with BalancedGradients(rule):
-            logits = model(images)
-        (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), images)
-    return (images * gradient).sum(1).detach().clamp(min=0), None
-
-
-BALANCED = {rule: partial(balanced, rule=rule) for rule in ("attnlrp", "libragrad")}
-
-
-# ---- maps/attributions.py: Pixel attributions by Captum.
-
-INTERNAL_BATCH = 256  # images per forward pass, at most, in methods that need many passes
-STEPS_OF_PATH = 50  # of integrated gradients
-SAMPLES = 20  # of gradient SHAP
-
-
-def magnitude(attributions):
-    """Attributions (B, C, H, W) to maps (B, H, W): the absolute value of the sum over channels."""
-    return attributions.detach().sum(1).abs()
-
-
-def saliency(model, images, classes):
-    """|∂ logit / ∂ pixel|, the maximum over channels (Simonyan et al. 2014)."""
-    return Saliency(model).attribute(images.clone().requires_grad_(), target=classes).detach().amax(1), None
-
-
-def input_x_gradient(model, images, classes):
-    """Pixel times gradient (Shrikumar et al. 2017)."""
-    return magnitude(InputXGradient(model).attribute(images.clone().requires_grad_(), target=classes)), None
-
-
-def integrated_gradients(model, images, classes):
-    """Gradients along the straight line from the mean colour to the image (Sundararajan et al. 2017)."""
-    attributions, delta = IntegratedGradients(model).attribute(
-        images,
-        target=classes,
-        n_steps=STEPS_OF_PATH,
-        internal_batch_size=max(INTERNAL_BATCH, len(images)),
-        return_convergence_delta=True,
-    )
-    return magnitude(attributions), delta
-
-
-def gradient_shap(model, images, classes):
-    """Expected gradients from random points between noisy images and the mean colour (Lundberg & Lee 2017)."""
-    np.random.seed(torch.randint(2**31, ()).item())  # Captum draws from numpy's generator as well
-    found, deltas = [], []
-    share = max(1, INTERNAL_BATCH // SAMPLES)  # each image becomes SAMPLES noisy ones
-    baselines = torch.zeros_like(images[:1])
-    for chunk, targets in zip(images.split(share), classes.split(share), strict=True):
-        attributions, delta = GradientShap(model).attribute(
-            chunk, baselines, target=targets, n_samples=SAMPLES, stdevs=0.1, return_convergence_delta=True
-        )
-        found.append(magnitude(attributions))
-        deltas.append(delta.unflatten(0, (len(chunk), SAMPLES)).mean(1))
-    return torch.cat(found), torch.cat(deltas)
-
-
-def occlusion(model, images, classes):
-    """How much the logit falls if a square of a quarter of the image's side is covered (Zeiler & Fergus 2014)."""
-    channels, height, width = images.shape[1:]
-    window = (max(1, height // 4), max(1, width // 4))
-    attributions = Occlusion(model).attribute(
-        images,
-        target=classes,
-        sliding_window_shapes=(channels, *window),
-        strides=(channels, max(1, window[0] // 2), max(1, window[1] // 2)),
-        baselines=0,
-        perturbations_per_eval=max(1, INTERNAL_BATCH // len(images)),
-    )
-    return attributions.detach().sum(1).clamp(min=0), None
-
-
-def grad_cam(model, images, classes):
-    """Grad-CAM (Selvaraju et al. 2017) of a transformer's tokens (see token_grad_cam) or a ResNet's `layer4`.
-
-    A transformer has `blocks`, or torch's nn.MultiheadAttention. Raises UserError for a model with neither.
-    """
-    multihead = [module for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
-    if hasattr(model, "blocks") or multihead:
-        attention = model.blocks[-1].attn if hasattr(model, "blocks") else multihead[-1]
-        return token_grad_cam(model, attention, images, classes), None
-    if not hasattr(model, "layer4"):
-        raise UserError(f"grad_cam: {type(model).__name__} has neither blocks nor layer4: choose another --method")
-    cam = LayerGradCam(model, model.layer4).attribute(images, target=classes, relu_attributions=True)
-    return cam.detach()[:, 0], None
-
-
-def token_grad_cam(model, attention, images, classes):
-    """Grad-CAM of the tokens that enter `attention`, the last block's: (B, rows, columns), as in without_padding.
-
-    After that attention only the class token has a gradient. If the block is used several times, the last use counts.
-    """
-    kept = []
-    hook = attention.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
-    with hook, torch.enable_grad():
-        logits = model(images)
-        (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[-1])
-    features = kept[-1].detach()  # (B, N, dim); the class token comes first, if there is one
-    importance = gradient.mean(1, keepdim=True)  # (B, 1, dim)
-    rows, columns = model.grid
-    relevance = (features * importance).sum(2).clamp(min=0)  # (B, N)
-    return without_padding(model, relevance[:, -rows * columns :].unflatten(1, (rows, columns)))
-
-
-ATTRIBUTIONS = {
-    "saliency": saliency,
-    "input_x_gradient": input_x_gradient,
-    "integrated_gradients": integrated_gradients,
-    "gradient_shap": gradient_shap,
-    "occlusion": occlusion,
-    "grad_cam": grad_cam,
-    **BALANCED,
-}
-
-
 # ---- rollout.py: Draw where a model's attention looks, or measure how well its maps point at the object.
 
 def rollout_parser():
@@ -4123,43 +3925,7 @@ def rollout_parser():
     help_text = "also draw the matrix of these layers' attention, numbered from 1"
     add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
     add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
-    help_text = (
-        "draw every method for the same image instead, those of attribute.py too; after --evaluate, the best first"
-    )
-    add("--compare", action="store_true", help=help_text)
     return parser
-
-
-def draw_comparisons(args, model, checkpoint, chosen, out):
-    """Write one figure per image with the maps of all methods; returns the paths.
-
-    The methods are ordered by pointing, or else by saco, in the folder's evaluation.json. Those that the model does not
-    support are named.
-    """
-    device = next(model.parameters()).device
-    inputs = normalised(torch.stack([explained.pixels for explained in chosen]), checkpoint, device)  # (B, 3, S, S)
-    with torch.no_grad():
-        probabilities = model(inputs).softmax(1)
-    classes = probabilities.argmax(1)
-    if args.target is not None:
-        classes = torch.full_like(classes, find_class(args.target, checkpoint["classes"]))
-    options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
-    found, _ = attention_maps(model, inputs, METHODS, targets=classes, **options)
-    for name, attribute in ATTRIBUTIONS.items():
-        try:
-            found[name] = attribute(model, inputs, classes)[0]
-        except UserError as error:
-            print(f"left out: {error}")
-    scores = (read_table(out / "evaluation.json") or {}).get("scores", {})
-    measure = next((m for m in ("pointing", "saco") if any(m in row for row in scores.values())), None)
-    order = sorted(found, key=lambda name: -scores.get(name, {}).get(measure, (-2,))[0])
-    written = []
-    for i, explained in enumerate(chosen):
-        written.append(out / f"{explained.name}-compare.{args.format}")
-        maps = {name: found[name][i].cpu().numpy() for name in order}
-        caption = caption_of(explained, probabilities[i].cpu(), checkpoint["classes"])
-        draw_comparison(written[-1], explained.shown, caption, maps, interpolation=args.interpolation, dpi=args.dpi)
-    return written
 
 
 def draw_maps(args, model, checkpoint, chosen, out):
@@ -4238,15 +4004,12 @@ def attention_explainers(model, args):
 def main(argv=None):
     """Draw or evaluate as the command line (or argv) says; returns the paths of the files written."""
     args = rollout_parser().parse_args(argv)
-    others = [name for name in ("evaluate", "method", "layers", "matrix", "layer", "patches") if getattr(args, name)]
-    if args.compare and others:
-        raise UserError(f"--compare and --{others[0]} exclude each other")
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:
         written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
     else:
-        written = (draw_comparisons if args.compare else draw_maps)(args, model, checkpoint, chosen, out)
+        written = draw_maps(args, model, checkpoint, chosen, out)
     for path in written:
         print(f"  {path}")
     return written

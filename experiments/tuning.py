@@ -108,8 +108,7 @@ def tune_plan(plans, args, again, deadline):
     if len({name for name, *_ in ranges}) < max(1, len(texts)):
         raise UserError(f'--tune "{args.tune}": name each flag once, as in "lr=1e-4..1e-2 opt=adamw,muon"')
     arguments = all_arguments(row.script, row.given)
-    own = arguments["dataset"] in ("folder", "webdataset") or arguments["dataset"].startswith("shapes")
-    if not arguments["val_fraction"] and not own:
+    if not arguments["val_fraction"] and not arguments["dataset"].startswith(("shapes", "folder", "webdataset")):
         raise UserError(f"--tune needs validation images to choose on: add --val-fraction 0.1 to row {row.name}")
     place = plan._replace(name=f"{plan.name}/tune-{row.name}")
     jobs = [Job(place, row._replace(name=f"trial-{number}"), 0) for number in range(args.trials)]

@@ -12,6 +12,7 @@ pytest.importorskip("captum")
 import attribute
 from errors import UserError
 from maps.attributions import ATTRIBUTIONS, grad_cam, integrated_gradients, token_grad_cam
+from maps.methods import METHODS
 from models import build_model
 from training.checkpoint import load_checkpoint
 
@@ -179,3 +180,26 @@ def test_evaluation_stands_in_one_table_with_the_attention_maps(run):
     assert set(json.loads(path.read_text())["scores"]) >= {"rollout", "relevance", *ATTRIBUTIONS, "uniform"}
     path = attribute.main([str(run), "--evaluate", "--num-images", "5"])[0]  # other images: another table
     assert "rollout" not in json.loads(path.read_text())["scores"]
+
+
+def test_all_methods_are_compared_the_best_first(run, folder_flags, monkeypatch, capsys):
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(attribute, "draw_comparison", lambda path, image, caption, maps, **look: drawn.append([*maps]))
+        attribute.main([str(run), "--compare", "--index", "3"])
+        assert drawn[0] == [*METHODS, *ATTRIBUTIONS]
+        order = {"saliency": 0.9, "raw": 0.8, "rollout": 0.1}
+        scores = {name: {"pointing": [mean, 0.1]} for name, mean in order.items()}
+        (run / "maps" / "evaluation.json").write_text(json.dumps({"scores": scores}))
+        attribute.main([str(run), "--compare", "--index", "3", "--target", "bee"])
+        assert drawn[1][:3] == [*order] and {*drawn[1]} == {*drawn[0]}
+        heads = folder_flags.index("--num-heads")
+        headless = [*folder_flags[:heads], *folder_flags[heads + 2 :], "--attention", "identity", "--epochs", "1"]
+        train_vit.main([*headless, "--run-name", "plain"])
+        attribute.main([str(run.parent / "plain"), "--compare", "--index", "3"])
+        assert drawn[2] == [*ATTRIBUTIONS] and "left out: VisionTransformer has no attention" in capsys.readouterr().out
+    (path,) = attribute.main([str(run), "--compare", "--index", "3"])
+    assert path.name == "3-compare.png" and Image.open(path).size[0] > 1500
+    for flags in (["--method", "saliency"], ["--target", "ant", "bee"], ["--evaluate"]):
+        with pytest.raises(UserError, match="^--compare draws all methods for one class: without --evaluate, --method"):
+            attribute.main([str(run), "--compare", *flags])

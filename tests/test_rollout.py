@@ -13,7 +13,6 @@ import rollout as script
 import train_resnet_attn
 import train_vit
 from errors import UserError
-from maps.attributions import ATTRIBUTIONS
 from maps.images import checkpoint_dataset, normalised
 from maps.methods import METHODS, attention_maps, tokens_to_map
 from models import build_model
@@ -160,26 +159,6 @@ def test_redrawn_weights_are_rows_of_the_table_and_a_figure(shapes_run, tmp_path
     assert "rank_correlation" not in record["scores"]["random"]
     with pytest.raises(UserError, match="--randomise needs --evaluate"):
         script.main([str(shapes_run), "--randomise"])
-
-
-def test_all_methods_are_compared_the_best_first(shapes_run, tmp_path, monkeypatch, capsys):
-    drawn = []
-    monkeypatch.setattr(script, "draw_comparison", lambda path, image, caption, maps, **look: drawn.append([*maps]))
-    script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path)])
-    assert drawn[0] == [*METHODS, *ATTRIBUTIONS]
-    scores = {
-        "saliency": {"pointing": [0.9, 0.1]},
-        "raw": {"pointing": [0.8, 0.1]},
-        "rollout": {"pointing": [0.1, 0.1]},
-    }
-    (tmp_path / "evaluation.json").write_text(json.dumps({"scores": scores}))
-    script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path), "--target", "star"])
-    assert drawn[1][:3] == ["saliency", "raw", "rollout"] and {*drawn[1]} == {*drawn[0]}
-    monkeypatch.undo()
-    (path,) = script.main([str(shapes_run), "--compare", "--index", "3", "--out", str(tmp_path)])
-    assert path.name == "3-compare.png" and Image.open(path).size[0] > 1500
-    with pytest.raises(UserError, match="^--compare and --method exclude each other$"):
-        script.main([str(shapes_run), "--compare", "--method", "raw"])
 
 
 def test_evaluation_where_the_object_is_not_known(run):
