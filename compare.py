@@ -4,6 +4,7 @@
     python compare.py A B                              how far B is above A, and whether that could be luck
     python compare.py checkpoints/a checkpoints/b      the same for folders of runs
     python compare.py plans/cct2-cifar10.toml          each row of a plan against its baseline
+    python compare.py --maps checkpoints/a checkpoints/b    methods of rollout.py and attribute.py, the best first
     python compare.py --score --plot score.png         accuracy for its cost in parameters, on CIFAR-100
     python compare.py --readme README.md               fill the tables between the file's markers
 
@@ -21,9 +22,10 @@ from experiments.runs import find_group, group_runs, own_groups, read_runs
 from experiments.speed import speed_text
 from experiments.tables import comparison_table, groups_table, markdown, score_table
 from files import write_atomically
+from maps.ranking import ranking_text
 from training.flags import Parser
 
-TABLE_START = re.compile(r"<!-- (table|comparison|speed): (\S+?)( by val)? -->\n")
+TABLE_START = re.compile(r"<!-- (table|comparison|speed|maps): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
@@ -35,9 +37,10 @@ def compare_parser():
     add("--by", choices=("test", "val"), default="test", help="the accuracy; use val to choose between models")
     add("--paired", action="store_true", help="compare the named runs seed by seed, if they start from one trunk")
     add("--plot", metavar="FILE", help="draw the accuracy per epoch of these runs, or with --score the scores, as PNG")
+    add("--maps", action="store_true", help="rank methods over the evaluations of these runs, or in these folders")
     add("--score", action="store_true", help="score runs by (test accuracy - 70) / millions of parameters * 100")
     help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] -->, <!-- comparison: PLAN.toml --> (with"
-    help_text += f" its differences) or <!-- speed: NAME --> to {TABLE_END}"
+    help_text += f" its differences), <!-- speed: NAME --> or <!-- maps: FOLDER --> to {TABLE_END}"
     add("--readme", metavar="FILE", help=help_text)
     add("--results", metavar="DIR", default="results", help="where the results are")
     return parser
@@ -68,6 +71,8 @@ def filled_tables(text, results):
             raise UserError(f"{start} is not followed by {TABLE_END}")
         if kind == "speed":
             table = speed_text(Path(results) / "speed" / f"{name}.json")
+        elif kind == "maps":
+            table = ranking_text([name], markdown)
         else:
             by = "val" if by_val else "test"
             table = plan_text(name, measured, by=by, differences=kind == "comparison")
@@ -110,9 +115,9 @@ def chosen_tables(args, measured, groups):
 
 def check_flags(args):
     """Raises UserError for flags without effect."""
-    mode = next((mode for mode in ("readme", "score", "names") if getattr(args, mode)), None)
-    uses = {"readme": (), "score": ("plot",), "names": ("plot", "paired", "by"), None: ("by",)}[mode]
-    for flag in ("names", "score", "plot", "paired", "by"):
+    mode = next((mode for mode in ("readme", "score", "maps", "names") if getattr(args, mode)), None)
+    uses = {"score": ("plot",), "maps": ("names",), "names": ("plot", "paired", "by"), None: ("by",)}.get(mode, ())
+    for flag in ("names", "score", "maps", "plot", "paired", "by"):
         if getattr(args, flag) != compare_parser().get_default(flag) and flag not in (mode, *uses):
             given = "names of runs" if flag == "names" else f"--{flag}"
             raise UserError(f"no effect: {given} {f'with --{mode}' if mode else 'without names of runs'}")
@@ -125,6 +130,8 @@ def main(argv=None):
     check_flags(args)
     if args.readme:
         return fill_readme(args.readme, args.results)
+    if args.maps:
+        return print(ranking_text(args.names))
     only_folders = args.names and all(Path(name).is_dir() for name in args.names)
     measured = [] if only_folders else read_runs(args.results)
     groups = group_runs(measured)

@@ -22,7 +22,7 @@ import torch
 from errors import UserError, run_script
 from maps.commands import chosen_methods, evaluate_checkpoint, maps_parser, open_for_maps, output_folder
 from maps.draw import draw_layers, draw_matrix, draw_panel, draw_patches, save_map
-from maps.images import caption_of, find_class, normalised
+from maps.images import caption_of, find_class, images_at, normalised
 from maps.methods import (
     METHODS,
     attention_maps,
@@ -53,7 +53,9 @@ def rollout_parser():
     add("--target", metavar="CLASS", help="the class that methods with gradients explain (default: the predicted one)")
     add("--layers", action="store_true", help="also draw every layer and head by itself")
     add("--matrix", action="store_true", help="also draw the method's whole matrix from tokens to tokens")
-    help_text = "also draw the matrix of these layers' attention, numbered from 1"
+    help_text = (
+        "also draw the matrix of these layers' attention, numbered from 1; with --evaluate, their heads are rows"
+    )
     add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
     add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
     return parser
@@ -74,9 +76,8 @@ def draw_maps(args, model, checkpoint, chosen, out):
     maps = {method: model_maps(model, matrices[method], recorder.pooling) for method in methods}
     by_image = [{method: maps[method][i].cpu().numpy() for method in methods} for i in range(len(chosen))]
     drawn = {method: matrices[method] for method in methods if args.matrix}  # {title: matrices (B, N, N)}
+    check_layers(args, recorder.attentions)
     for layer in args.layer:
-        if layer > len(recorder.attentions):
-            raise UserError(f"--layer {layer}: the model has {len(recorder.attentions)} layers with attention")
         drawn[f"layer-{layer}"] = fuse_heads(recorder.attentions[layer - 1], args.head_fusion)
     captions = [caption_of(*pair, classes) for pair in zip(chosen, logits.softmax(1).cpu(), strict=True)]
 
@@ -106,17 +107,25 @@ def draw_maps(args, model, checkpoint, chosen, out):
     return written
 
 
-def attention_explainers(model, args):
-    """The chosen methods, and what the report leaves open, as evaluate takes them: {name: function}.
+def attention_explainers(model, args, image):
+    """The chosen methods, the heads of --layer and what the report leaves open, as evaluate takes them.
 
-    That is the model's mode, and whether the class token's row or its column of the report's matrix is the map.
-    A name includes the options that are not the defaults, so that several evaluations share one table.
+    The last is the model's mode, and whether the class token's row or its column of the report's matrix is the map.
+    A name includes the options that are not the defaults, so that several evaluations share one table. The normalised
+    image (1, C, H, W) tells how many heads there are.
     """
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     suffix = f" ({args.head_fusion}, discard {args.discard_ratio:g})" if tuple(options.values()) != ("mean", 0) else ""
 
     def explainer(method):
         return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
+
+    def one_head(layer, head):
+        def explain(images, classes):
+            recorder = attention_matrices(model, images, ())[2]
+            return model_maps(model, recorder.attentions[layer - 1][:, head - 1], recorder.pooling)
+
+        return explain
 
     def in_training_mode(join):
         return lambda images, classes: maps_in_training_mode(model, images, join=join)
@@ -129,7 +138,18 @@ def attention_explainers(model, args):
         found["report, column, training mode"] = in_training_mode(report_column)
     if "rollout" in found:
         found["rollout, training mode"] = in_training_mode(rollout)
+    attentions = attention_matrices(model, image, ())[2].attentions if args.layer else ()
+    check_layers(args, attentions)
+    for layer in args.layer:
+        for head in range(1, attentions[layer - 1].shape[1] + 1):
+            found[f"layer {layer}, head {head}"] = one_head(layer, head)
     return found
+
+
+def check_layers(args, attentions):
+    """Raises UserError if a layer of --layer does not exist."""
+    if args.layer and max(args.layer) > len(attentions):
+        raise UserError(f"--layer {max(args.layer)}: the model has {len(attentions)} layers with attention")
 
 
 def main(argv=None):
@@ -138,7 +158,9 @@ def main(argv=None):
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:
-        written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
+        first = images_at(dataset.test.images, torch.tensor([0]))
+        image = normalised(first, checkpoint, next(model.parameters()).device)  # (1, C, H, W)
+        written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args, image), out)
     else:
         written = draw_maps(args, model, checkpoint, chosen, out)
     for path in written:

@@ -2169,6 +2169,8 @@ def make_shapes(split, name="shapes"):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, count, CHUNK)))
+    if name == "shapes_shuffled" and split == "train":
+        labels = np.random.default_rng([number, 3]).permutation(labels)
     return ShapeSet(*map(torch.from_numpy, (images, labels, *masks)))
 
 
@@ -2315,7 +2317,7 @@ def read_webdataset(args):
 
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
-SHAPES = ("shapes", "shapes_even", "shapes_pair")  # drawn, with a mask of each shape
+SHAPES = ("shapes", "shapes_even", "shapes_pair", "shapes_shuffled")  # drawn, with a mask of each shape
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
@@ -3118,7 +3120,7 @@ def mean_and_error(values):
 
 
 def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
-    """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
+    """({name: {measure: (N,)}}, {name: {measure: mean curve}}) over all N images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
     predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh(), which gives a state dict
@@ -3149,13 +3151,12 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
                 found[name].setdefault(measure, []).append(values.cpu())
         start += len(images)
 
-    table, curves = {}, {}
+    scores, curves = {}, {}
     for name, measures in found.items():
         measures = {measure: torch.cat(values) for measure, values in measures.items()}
         curves[name] = {m: values.mean(0).tolist() for m, values in measures.items() if values.ndim == 2}
-        areas = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
-        table[name] = {measure: mean_and_error(values) for measure, values in areas.items()}
-    return table, curves
+        scores[name] = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
+    return scores, curves
 
 
 def baselines(grid):
@@ -3441,6 +3442,19 @@ def caption_of(explained, probabilities, classes):
     return caption
 
 
+# ---- maps/ranking.py: Methods ranked over the evaluations of several checkpoints: compare.py --maps.
+
+NOTE = "* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
+
+
+def learnt_nothing(table):
+    """The methods that point at the object more often than the centre does (by two standard errors), although the
+    weights are redrawn: they show the image, and not what the model has learnt."""
+    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
+    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
+    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
+
+
 # ---- maps/commands.py: What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint.
 
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
@@ -3521,14 +3535,6 @@ def output_folder(args):
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
-def learnt_nothing(table):
-    """The methods that point at the object more often than the centre does (by two standard errors), although the
-    weights are redrawn: they show the image, and not what the model has learnt."""
-    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
-    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
-    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
-
-
 def scores_text(table):
     """A table of evaluate as aligned text: mean ± standard error, with a star at the methods of learnt_nothing."""
     measures = list(dict.fromkeys(measure for row in table.values() for measure in row))
@@ -3536,8 +3542,7 @@ def scores_text(table):
     for name, row in table.items():
         cells = ["{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures]
         lines.append([name + " *" * (name in starred), *cells])
-    note = "\n* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
-    return aligned(lines) + note * bool(starred)
+    return aligned(lines) + f"\n{NOTE}" * bool(starred)
 
 
 def read_table(path):
@@ -3548,15 +3553,15 @@ def read_table(path):
         return None
 
 
-def merged_tables(path, record, table, curves):
-    """(table, curves) with the rows that an evaluation.json holds, if they are of the same weights and images."""
+def with_earlier_rows(path, record):
+    """The record with the rows that an evaluation.json holds, if they are of the same weights and images."""
     before = read_table(path)
     if not before:
-        return table, curves
+        return record
     if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
         print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
-        return table, curves
-    return before["scores"] | table, before["curves"] | curves
+        return record
+    return record | {rows: before.get(rows, {}) | record[rows] for rows in ("scores", "curves", "values")}
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
@@ -3585,14 +3590,14 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
 
     precision = Precision("auto", device)
     try:
-        table, curves = evaluate(
+        scores, curves = evaluate(
             model, batches(), explainers, precision, masks=masks, fresh=fresh if args.randomise else None
         )
     except Exception as error:
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
         raise
-    file = checkpoint_file(args.checkpoint, args.which)
+    file, ranked_by = checkpoint_file(args.checkpoint, args.which), "pointing" if masks else "saco"
     record = {
         "checkpoint": f"{file.resolve().parent.name} {file.stem}",
         "weights_hash": weights_hash(model),
@@ -3603,11 +3608,16 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "split": args.split,
         "images": len(indices),
         "patches": list(model.grid),
+        "ranked_by": ranked_by,
+        "scores": {name: {m: mean_and_error(of_each) for m, of_each in row.items()} for name, row in scores.items()},
+        "curves": curves,
+        "values": {name: row[ranked_by].round(decimals=3).tolist() for name, row in scores.items() if ranked_by in row},
     }
     path = out / "evaluation.json"
-    table, curves = merged_tables(path, record, table, curves)
-    print(scores_text(table))
-    write_json(path, record | {"scores": table, "curves": curves})
+    record = with_earlier_rows(path, record)
+    curves = record["curves"]
+    print(scores_text(record["scores"]))
+    write_json(path, record)
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     if not any("redrawn" in values for values in curves.values()):
@@ -3922,7 +3932,9 @@ def rollout_parser():
     add("--target", metavar="CLASS", help="the class that methods with gradients explain (default: the predicted one)")
     add("--layers", action="store_true", help="also draw every layer and head by itself")
     add("--matrix", action="store_true", help="also draw the method's whole matrix from tokens to tokens")
-    help_text = "also draw the matrix of these layers' attention, numbered from 1"
+    help_text = (
+        "also draw the matrix of these layers' attention, numbered from 1; with --evaluate, their heads are rows"
+    )
     add("--layer", type=at_least(1), nargs="+", metavar="N", default=[], help=help_text)
     add("--patches", action="store_true", help="also draw the image cut into the patches that a ViT sees")
     return parser
@@ -3943,9 +3955,8 @@ def draw_maps(args, model, checkpoint, chosen, out):
     maps = {method: model_maps(model, matrices[method], recorder.pooling) for method in methods}
     by_image = [{method: maps[method][i].cpu().numpy() for method in methods} for i in range(len(chosen))]
     drawn = {method: matrices[method] for method in methods if args.matrix}  # {title: matrices (B, N, N)}
+    check_layers(args, recorder.attentions)
     for layer in args.layer:
-        if layer > len(recorder.attentions):
-            raise UserError(f"--layer {layer}: the model has {len(recorder.attentions)} layers with attention")
         drawn[f"layer-{layer}"] = fuse_heads(recorder.attentions[layer - 1], args.head_fusion)
     captions = [caption_of(*pair, classes) for pair in zip(chosen, logits.softmax(1).cpu(), strict=True)]
 
@@ -3975,17 +3986,25 @@ def draw_maps(args, model, checkpoint, chosen, out):
     return written
 
 
-def attention_explainers(model, args):
-    """The chosen methods, and what the report leaves open, as evaluate takes them: {name: function}.
+def attention_explainers(model, args, image):
+    """The chosen methods, the heads of --layer and what the report leaves open, as evaluate takes them.
 
-    That is the model's mode, and whether the class token's row or its column of the report's matrix is the map.
-    A name includes the options that are not the defaults, so that several evaluations share one table.
+    The last is the model's mode, and whether the class token's row or its column of the report's matrix is the map.
+    A name includes the options that are not the defaults, so that several evaluations share one table. The normalised
+    image (1, C, H, W) tells how many heads there are.
     """
     options = {"head_fusion": args.head_fusion, "discard_ratio": args.discard_ratio}
     suffix = f" ({args.head_fusion}, discard {args.discard_ratio:g})" if tuple(options.values()) != ("mean", 0) else ""
 
     def explainer(method):
         return lambda images, classes: attention_maps(model, images, [method], targets=classes, **options)[0][method]
+
+    def one_head(layer, head):
+        def explain(images, classes):
+            recorder = attention_matrices(model, images, ())[2]
+            return model_maps(model, recorder.attentions[layer - 1][:, head - 1], recorder.pooling)
+
+        return explain
 
     def in_training_mode(join):
         return lambda images, classes: maps_in_training_mode(model, images, join=join)
@@ -3998,7 +4017,18 @@ def attention_explainers(model, args):
         found["report, column, training mode"] = in_training_mode(report_column)
     if "rollout" in found:
         found["rollout, training mode"] = in_training_mode(rollout)
+    attentions = attention_matrices(model, image, ())[2].attentions if args.layer else ()
+    check_layers(args, attentions)
+    for layer in args.layer:
+        for head in range(1, attentions[layer - 1].shape[1] + 1):
+            found[f"layer {layer}, head {head}"] = one_head(layer, head)
     return found
+
+
+def check_layers(args, attentions):
+    """Raises UserError if a layer of --layer does not exist."""
+    if args.layer and max(args.layer) > len(attentions):
+        raise UserError(f"--layer {max(args.layer)}: the model has {len(attentions)} layers with attention")
 
 
 def main(argv=None):
@@ -4007,7 +4037,9 @@ def main(argv=None):
     checkpoint, model, chosen, dataset = open_for_maps(args)
     out = output_folder(args)
     if args.evaluate:
-        written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args), out)
+        first = images_at(dataset.test.images, torch.tensor([0]))
+        image = normalised(first, checkpoint, next(model.parameters()).device)  # (1, C, H, W)
+        written = evaluate_checkpoint(args, checkpoint, model, dataset, attention_explainers(model, args, image), out)
     else:
         written = draw_maps(args, model, checkpoint, chosen, out)
     for path in written:

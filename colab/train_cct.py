@@ -1831,6 +1831,8 @@ def make_shapes(split, name="shapes"):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, count, CHUNK)))
+    if name == "shapes_shuffled" and split == "train":
+        labels = np.random.default_rng([number, 3]).permutation(labels)
     return ShapeSet(*map(torch.from_numpy, (images, labels, *masks)))
 
 
@@ -2415,7 +2417,7 @@ def proposals_of_images(given):
 
 # ---- data.py: From a dataset's name to its images, classes and splits.
 
-SHAPES = ("shapes", "shapes_even", "shapes_pair")  # drawn, with a mask of each shape
+SHAPES = ("shapes", "shapes_even", "shapes_pair", "shapes_shuffled")  # drawn, with a mask of each shape
 DATASETS = ("cifar10", "cifar100", *SHAPES, "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
 SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed

@@ -9,9 +9,10 @@ from tqdm.auto import tqdm
 from errors import UserError, aligned, bar_disabled
 from files import make_folder, write_json
 from maps.draw import draw_deletion_curves, draw_redrawn
-from maps.evaluate import baselines, evaluate
+from maps.evaluate import baselines, evaluate, mean_and_error
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
 from maps.randomise import layers_from_the_head
+from maps.ranking import NOTE, learnt_nothing
 from models import build_model
 from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
@@ -97,14 +98,6 @@ def output_folder(args):
     return make_folder(args.out or checkpoint_file(args.checkpoint).parent / "maps")
 
 
-def learnt_nothing(table):
-    """The methods that point at the object more often than the centre does (by two standard errors), although the
-    weights are redrawn: they show the image, and not what the model has learnt."""
-    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
-    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
-    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
-
-
 def scores_text(table):
     """A table of evaluate as aligned text: mean ± standard error, with a star at the methods of learnt_nothing."""
     measures = list(dict.fromkeys(measure for row in table.values() for measure in row))
@@ -112,8 +105,7 @@ def scores_text(table):
     for name, row in table.items():
         cells = ["{:.3f} ± {:.3f}".format(*row[m]) if m in row else "-" for m in measures]
         lines.append([name + " *" * (name in starred), *cells])
-    note = "\n* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
-    return aligned(lines) + note * bool(starred)
+    return aligned(lines) + f"\n{NOTE}" * bool(starred)
 
 
 def read_table(path):
@@ -124,15 +116,15 @@ def read_table(path):
         return None
 
 
-def merged_tables(path, record, table, curves):
-    """(table, curves) with the rows that an evaluation.json holds, if they are of the same weights and images."""
+def with_earlier_rows(path, record):
+    """The record with the rows that an evaluation.json holds, if they are of the same weights and images."""
     before = read_table(path)
     if not before:
-        return table, curves
+        return record
     if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
         print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
-        return table, curves
-    return before["scores"] | table, before["curves"] | curves
+        return record
+    return record | {rows: before.get(rows, {}) | record[rows] for rows in ("scores", "curves", "values")}
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
@@ -161,14 +153,14 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
 
     precision = Precision("auto", device)
     try:
-        table, curves = evaluate(
+        scores, curves = evaluate(
             model, batches(), explainers, precision, masks=masks, fresh=fresh if args.randomise else None
         )
     except Exception as error:
         if is_memory_error(error):
             raise UserError(f"--batch-size {args.batch_size} does not fit into memory; try a smaller one") from error
         raise
-    file = checkpoint_file(args.checkpoint, args.which)
+    file, ranked_by = checkpoint_file(args.checkpoint, args.which), "pointing" if masks else "saco"
     record = {
         "checkpoint": f"{file.resolve().parent.name} {file.stem}",
         "weights_hash": weights_hash(model),
@@ -179,11 +171,16 @@ def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):
         "split": args.split,
         "images": len(indices),
         "patches": list(model.grid),
+        "ranked_by": ranked_by,
+        "scores": {name: {m: mean_and_error(of_each) for m, of_each in row.items()} for name, row in scores.items()},
+        "curves": curves,
+        "values": {name: row[ranked_by].round(decimals=3).tolist() for name, row in scores.items() if ranked_by in row},
     }
     path = out / "evaluation.json"
-    table, curves = merged_tables(path, record, table, curves)
-    print(scores_text(table))
-    write_json(path, record | {"scores": table, "curves": curves})
+    record = with_earlier_rows(path, record)
+    curves = record["curves"]
+    print(scores_text(record["scores"]))
+    write_json(path, record)
     caption = f"{len(indices)} {args.split} images of {dataset.name}, epoch {checkpoint['epoch']}"
     draw_deletion_curves(out / "deletion.png", curves, caption, dpi=args.dpi)
     if not any("redrawn" in values for values in curves.values()):

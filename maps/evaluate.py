@@ -147,7 +147,7 @@ def mean_and_error(values):
 
 
 def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
-    """({name: {measure: (mean, standard error)}}, {name: {measure: mean curve}}) over all images.
+    """({name: {measure: (N,)}}, {name: {measure: mean curve}}) over all N images.
 
     batches yields normalised images (B, C, H, W). explainers is {name: function}; each function takes (images,
     predicted classes) and returns maps (B, h, w). masks is as from object_masks. With fresh(), which gives a state dict
@@ -178,13 +178,12 @@ def evaluate(model, batches, explainers, precision, *, masks, fresh=None):
                 found[name].setdefault(measure, []).append(values.cpu())
         start += len(images)
 
-    table, curves = {}, {}
+    scores, curves = {}, {}
     for name, measures in found.items():
         measures = {measure: torch.cat(values) for measure, values in measures.items()}
         curves[name] = {m: values.mean(0).tolist() for m, values in measures.items() if values.ndim == 2}
-        areas = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
-        table[name] = {measure: mean_and_error(values) for measure, values in areas.items()}
-    return table, curves
+        scores[name] = {m: area_under(v) if v.ndim == 2 else v for m, v in measures.items() if m != "redrawn"}
+    return scores, curves
 
 
 def baselines(grid):

@@ -5,7 +5,8 @@ and colours are random. Centres are uniform over a square with a margin of 4 pix
 
 In `shapes` the shape is brighter than its background. `shapes_even` has the same images, but every second one, drawn by
 lot, is inverted: brightness says nothing of where the shape is. In `shapes_pair` a smaller red and a smaller blue shape
-of two classes stand side by side, and the label is that of the red one.
+of two classes stand side by side, and the label is that of the red one. `shapes_shuffled` are the images of `shapes`
+with the training labels shuffled: they can be memorised, but say nothing of a shape.
 
 All arithmetic is IEEE in a fixed order, and the random bits are PCG64's, so the images are the same on every machine.
 """
@@ -182,4 +183,6 @@ def make_shapes(split, name="shapes"):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, count, CHUNK)))
+    if name == "shapes_shuffled" and split == "train":
+        labels = np.random.default_rng([number, 3]).permutation(labels)
     return ShapeSet(*map(torch.from_numpy, (images, labels, *masks)))

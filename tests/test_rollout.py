@@ -143,6 +143,9 @@ def test_evaluation_of_shapes(shapes_run, capsys):
         *("deletion", "insertion", "saco"),
     }
     assert len(record["curves"]["rollout"]["deletion"]) == 11
+    assert record["ranked_by"] == "pointing" and set(record["values"]) == set(scores)
+    for name, values in record["values"].items():  # of each image
+        assert len(values) == 40 and sum(values) / 40 == pytest.approx(scores[name]["pointing"][0], abs=1e-3)
     out = capsys.readouterr().out
     assert "rollout, training mode" in out and f"{mean:.3f} ± {error:.3f}" in out
     assert np.asarray(Image.open(written[1]).convert("L")).std() > 10
@@ -159,6 +162,16 @@ def test_redrawn_weights_are_rows_of_the_table_and_a_figure(shapes_run, tmp_path
     assert "rank_correlation" not in record["scores"]["random"]
     with pytest.raises(UserError, match="--randomise needs --evaluate"):
         script.main([str(shapes_run), "--randomise"])
+
+
+def test_heads_of_a_layer_are_rows(shapes_run, tmp_path):
+    flags = ["--evaluate", "--num-images", "20", "--out", str(tmp_path), "--method", "raw"]
+    written = script.main([str(shapes_run), *flags, "--layer", "1", "2"])
+    scores = json.loads(written[0].read_text())["scores"]
+    assert {"layer 1, head 2", "layer 2, head 1", "layer 2, head 2"} < set(scores)
+    assert scores["layer 2, head 1"] != scores["layer 2, head 2"] != scores["layer 1, head 2"]
+    with pytest.raises(UserError, match="--layer 9: the model has . layers with attention"):
+        script.main([str(shapes_run), *flags, "--layer", "9"])
 
 
 def test_evaluation_where_the_object_is_not_known(run):

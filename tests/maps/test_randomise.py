@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from maps.commands import learnt_nothing, scores_text
+from maps.commands import scores_text
 from maps.randomise import layers_from_the_head, maps_while_redrawn, rank_correlation
+from maps.ranking import learnt_nothing
 from models import build_model
 
 

@@ -39,6 +39,7 @@ def test_the_images_never_change(sets):
         "shapes": "d69532608eccfd81789b98e836577e4ac9735e81347ca3dacb1982669908a286",
         "shapes_even": "1510a6ad05143d3f215db22696f8f1c8bb430d8f7b71e48bc0dd31da74693b6c",
         "shapes_pair": "83c23b34d1b37f207727220ce1819d3925a2850f9fe85a7094d402a31f3c2d5c",
+        "shapes_shuffled": "d69532608eccfd81789b98e836577e4ac9735e81347ca3dacb1982669908a286",  # as in shapes
     }
 
 
@@ -50,6 +51,14 @@ def test_every_second_image_of_shapes_even_is_inverted(sets):
     light = even.images.float().mean(1)
     inside, outside = ((light * m).sum((1, 2)) / m.sum((1, 2)) for m in (even.masks, ~even.masks))
     assert abs((inside > outside).float().mean() - 0.5) < 0.05
+
+
+def test_only_the_training_labels_of_shapes_shuffled_are_shuffled(sets):
+    train, plain = make_shapes("train", "shapes_shuffled"), sets["train"]
+    assert torch.equal(train.images, plain.images) and torch.equal(train.masks, plain.masks)
+    assert torch.equal(train.labels.bincount(), plain.labels.bincount())
+    assert (train.labels == plain.labels).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(make_shapes("test", "shapes_shuffled").labels, sets["test"].labels)
 
 
 def test_the_label_of_shapes_pair_is_that_of_the_red_shape():
