@@ -24,8 +24,8 @@ def learnt_nothing(table):
 def read_evaluations(names):
     """{(model, dataset): records of evaluate_checkpoint, one per seed} of files, runs' folders or folders of files.
 
-    Raises UserError if there are none, if they were not ranked by the same measure, or if those of one model and dataset
-    are not of the same images.
+    Raises UserError if there are none, if they were not ranked by the same measure, or if those of one model and
+    dataset are not of the same images.
     """
     paths = []
     for path in map(Path, names):
