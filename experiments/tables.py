@@ -97,7 +97,7 @@ def comparison_table(pairs, *, by="test", layout=aligned):
     text += "\n\n" + layout(rows)
     if tested := sum(comparison.p_value is not None for comparison in comparisons):
         correction = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
-        text += f"\np: two-sided permutation test over seeds, exact up to a million permutations{correction}"
+        text += f"\n\np: two-sided permutation test over seeds, exact up to a million permutations{correction}"
     return text
 
 

@@ -356,7 +356,7 @@ def test_with_enough_seeds_there_is_a_verdict(measured, capsys):
         write_measured(measured, "drop/plain", seed, 0.5)
         write_measured(measured, "drop/better", seed, 0.6, args={"lr": 0.2})
     out = "\n".join(lines_of(capsys, "--results", measured, "plain", "better"))
-    assert "better, p = 0.0079\np: two-sided permutation test over seeds, exact" in out  # 2 of 252
+    assert "better, p = 0.0079\n\np: two-sided permutation test over seeds, exact" in out  # 2 of 252
 
 
 def test_rows_that_start_from_one_trunk_are_compared_by_seed(measured, tmp_path, capsys):
