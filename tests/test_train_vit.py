@@ -116,6 +116,7 @@ def stop_after(monkeypatch, steps, action):
 
 
 def test_a_closed_terminal_saves_but_nohup_goes_on(folder_flags, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
         stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
         train_vit.main(folder_flags)
