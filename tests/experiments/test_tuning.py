@@ -376,18 +376,20 @@ def test_the_test_set_stays_shut_in_real_trials(image_folder, tmp_path):
     done = finished(real_campaign(tmp_path, flags, "--tune", "lr=1e-4..1e-2 crop-padding=1..3", "--trials", "2"))
     assert done.returncode == 0, done.stderr
     before, _, after = done.stdout.partition("--- run 1 of 1: real/tiny-tuned, seed 0")
-    assert before.count("the test set stays shut") == 2
+    assert before.count("open the test set: python train_vit.py") == 2
     assert "accuracy" in before and not re.search(r"test accuracy|best_on_test|test +\d\.\d", before)
     assert "test accuracy" in after and "best of 2 trials on validation images" in after
     folder = tmp_path / "checkpoints" / "real" / "tune-tiny"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.name for path in files if path.parent.name == "trial-1-seed-0"} == {
-        *("last.pt", "last.prev.pt", "best.pt", "log.csv", "curves.png", "split.csv"),
+        *("last.pt", "last.prev.pt", "best.pt", "log.csv", "curves.png", "split.csv", "result.json"),
     }
     for path in files:
         if path.name == "log.csv":
             rows = list(csv.DictReader(path.open()))
             assert [row["test_accuracy"] + row["test_loss"] for row in rows] == ["", ""]
+        elif path.name == "result.json":
+            assert json.loads(path.read_text())["test_accuracy"] is None
         elif path.suffix != ".pt":
             assert b"test_accuracy" not in path.read_bytes()
     found = trials(folder)
