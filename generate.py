@@ -42,7 +42,7 @@ def generate_parser():
     add("--animate", type=Path, metavar="FILE.gif", help="draw four images of each class as they come out of the noise")
     add("--classifier", type=Path, metavar="RUN", help="evaluate the images with this run, of the same classes")
     add = parser.add_argument_group("sampling, for a ddpm").add_argument
-    help_text = "ddim (default); or ddpm, which adds noise on the way and needs all steps"
+    help_text = "ddim (default); or ddpm, which adds noise on the way"
     add("--sampler", choices=("ddim", "ddpm"), help=help_text)
     add("--steps", type=at_least(1), metavar="N", help="more are slower and better (default: 50, or all with ddpm)")
     help_text = "above 1, images are clearer and vary less; 1 is none (default: 2)"

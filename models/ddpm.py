@@ -134,6 +134,5 @@ class Ddpm(nn.Module):
             with_class, without = self(images.repeat(2, 1, 1, 1), times.repeat(2), both).float().chunk(2)
             return without.lerp(with_class, guidance)
 
-        total, more = len(self.shares), partial(draw, self.shape)
-        times = spaced_times(min(steps, total), total)
-        yield from denoise(predict, more(), shares=self.shares.tolist(), times=times, eta=eta, draw=more)
+        shares, more = self.shares.tolist(), partial(draw, self.shape)
+        yield from denoise(predict, more(), shares=shares, times=spaced_times(steps, shares), eta=eta, draw=more)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch.nn.functional import mse_loss
 
+LEAST = 0.001  # ours
+
 
 def signal_shares(name, steps):
     """ᾱ (steps,) float64: the share of an image's variance that is left at each time.
@@ -60,6 +62,11 @@ def denoise(predict, images, *, shares, times, eta, draw):
             images = images + sigma * draw()
 
 
-def spaced_times(steps, total):
-    """`steps` of `total` times, evenly spaced, from the last one to 0."""
-    return torch.linspace(total - 1, 0, steps).round().int().tolist()
+def spaced_times(steps, shares):
+    """At most `steps` times, evenly spaced, from the last one with ᾱ of at least LEAST to 0; shares are all ᾱ, a list.
+
+    Later ones show next to nothing of the image, and enlarge an error of the predicted noise by 1/√ᾱ to one of the
+    expected image's colour, which the steps after it take over.
+    """
+    count = sum(share >= LEAST for share in shares)
+    return torch.linspace(count - 1, 0, min(steps, count)).round().int().tolist()

@@ -72,17 +72,18 @@ def test_ancestral_sampling_follows_the_posterior_step_by_step():
 def test_ddim_with_the_true_noise_finds_the_image(steps):
     shares = signal_shares("cosine", 50)
     image, noise = random(0).clamp(-1, 1), random(1)
-    start = noisy_images(image, shares[-1:].expand(4), noise)
-    found = list(
-        denoise(lambda x, t: noise, start, shares=shares, times=spaced_times(steps, 50), eta=0.0, draw=pytest.fail)
-    )
-    assert len(found) == steps
+    times = spaced_times(steps, shares.tolist())
+    start = noisy_images(image, shares[times[0]].expand(4), noise)
+    found = list(denoise(lambda x, t: noise, start, shares=shares, times=times, eta=0.0, draw=pytest.fail))
+    assert len(found) == min(steps, 48)  # 2 of the 50 times leave less than a thousandth
     torch.testing.assert_close(found[-1], image, rtol=0, atol=1e-6)
 
 
 def test_times_are_evenly_spaced():
-    assert spaced_times(1000, 1000) == [*range(999, -1, -1)]
-    assert spaced_times(3, 1000) == [999, 500, 0] and spaced_times(1, 1000) == [999]
+    shares = signal_shares("cosine", 1000).tolist()
+    last = spaced_times(1, shares)[0]
+    assert shares[last] >= 0.001 > shares[last + 1]
+    assert spaced_times(1000, shares) == [*range(last, -1, -1)] and spaced_times(3, shares) == [last, last // 2, 0]
 
 
 def test_the_loss_is_that_of_its_draws():
@@ -125,13 +126,13 @@ def test_guidance_lies_on_the_line_through_both_predictions():
             return list(model.generate(labels, lambda shape: noise, steps=1, guidance=guidance))[-1]
 
     with torch.no_grad():
-        times = torch.tensor([9, 9])
+        times = torch.tensor([8, 8])
         with_class, without = (model(noise, times, given) for given in (labels, torch.tensor([-1, -1])))
-    share = model.shares[9].item()
+    share = model.shares[8].item()
     for guidance in (0.0, 1.0, 3.0):
         predicted = without + guidance * (with_class - without)
         expected = ((noise - (1 - share) ** 0.5 * predicted) / share**0.5).clamp(-1, 1)
-        torch.testing.assert_close(image(guidance), expected, rtol=0, atol=1e-4)  # 1 / share**0.5 is large
+        torch.testing.assert_close(image(guidance), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(image(0.0), image(1.0, torch.tensor([-1, -1])))
 
 
