@@ -27,7 +27,7 @@ from training.generating import RECORD, as_sheet, generated_images, leave_out, r
 from training.values import at_least
 from training.weights import weights_hash
 
-FRAMES = 40  # of an animation
+FRAMES = 20  # of an animation
 
 
 def generate_parser():
@@ -96,7 +96,8 @@ def animate(path, model, labels, **options):
     indices, labels = torch.tensor([*itertools.product(range(4), labels)]).T
     frames = generated_images(model, labels, indices, frames=None, **options)  # (frames, N, 3, S, S)
     some = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().long()
-    first, *others = [as_sheet(frame, columns=len(frame) // 4) for frame in frames[some]]
+    sheets = [as_sheet(frame, columns=len(frame) // 4) for frame in frames[some]]
+    first, *others = [sheet.quantize(64, dither=Image.Dither.NONE) for sheet in sheets]  # a fifth of the bytes
     times = [80] * len(others) + [2000]  # milliseconds
     write_atomically(path, lambda file: first.save(file, "gif", save_all=True, append_images=others, duration=times))
     print(path)

@@ -108,16 +108,17 @@ def acgan_loss(forward, images, labels, *, noise_dim, kind):
     """(the sum of both networks' losses (), how many real images are classified right ()).
 
     kind is "hinge" (Lim & Ye 2017) or "paper", the log-likelihoods of Odena et al. 2017, the generator's in the form
-    that does not saturate (Goodfellow et al. 2014). Both losses include the cross entropy of the class.
+    that does not saturate (Goodfellow et al. 2014). Both losses include the cross entropy of the class; with "hinge"
+    the discriminator learns it from real images alone, or both networks could agree on a sign for it, say a colour.
     """
     noise = torch.randn(len(images), noise_dim, device=images.device)
     wanted = labels[torch.randperm(len(labels), device=labels.device)]  # (B,): as frequent as in the images
     answers = [[part.float() for part in answer] for answer in forward(images, noise, wanted)]
     (real, classes), (generated, generated_classes), (for_generator, generator_classes) = answers
     if kind == "hinge":
-        source_loss = (1 - real).relu().mean() + (1 + generated).relu().mean() - for_generator.mean()
+        loss = (1 - real).relu().mean() + (1 + generated).relu().mean() - for_generator.mean()
     else:
-        source_loss = softplus(-real).mean() + softplus(generated).mean() + softplus(-for_generator).mean()
-    class_loss = cross_entropy(classes, labels) + cross_entropy(generated_classes, wanted)
-    class_loss = class_loss + cross_entropy(generator_classes, wanted)
-    return source_loss + class_loss, (classes.argmax(1) == labels).sum()
+        loss = softplus(-real).mean() + softplus(generated).mean() + softplus(-for_generator).mean()
+        loss = loss + cross_entropy(generated_classes, wanted)
+    loss = loss + cross_entropy(classes, labels) + cross_entropy(generator_classes, wanted)
+    return loss, (classes.argmax(1) == labels).sum()

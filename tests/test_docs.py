@@ -231,6 +231,18 @@ def test_numbers_come_from_results(row):
         assert said in row, said
 
 
+@pytest.mark.parametrize("name", re.findall(r"^\| .*`results/quality/([\w-]+)\.json` \|$", EVERYTHING, re.M))
+def test_scores_of_generated_images_come_from_results(name):
+    """Those of generated images in the order of the first row, and in the first table row those of training images."""
+    record = json.loads(Path(f"results/quality/{name}.json").read_text())
+    table = next(block for block in re.findall(r"(?:^\|.*\n)+", EVERYTHING, re.M) if f"{name}.json`" in block)
+    header, _, real, *rows = ([cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines())
+    generated = next(row for row in rows if row[-1] == f"`results/quality/{name}.json`")
+    for row, images in ((real, "training images"), (generated, "generated images")):
+        scores = {key: f"{value:.3f}" for key, value in record["scores"][images].items()}
+        assert row[1:-1] == [scores[key] for key in header[1:-1]]
+
+
 @pytest.mark.parametrize(
     "row", re.findall(r"^\|.*`([\w-]+)` \| \d+ \| \d+ \| (.*) \|$", TEXTS[Path("docs/your-images.md")], re.M)
 )

@@ -40,8 +40,9 @@ def test_each_network_has_the_gradient_of_its_own_loss_alone(kind):
         of_generator = -fooled.mean()
     else:
         of_discriminator = binary_cross_entropy_with_logits(real, ones) + binary_cross_entropy_with_logits(fake, zeros)
+        of_discriminator = of_discriminator + cross_entropy(fake_classes, wanted)
         of_generator = binary_cross_entropy_with_logits(fooled, ones)
-    of_discriminator = of_discriminator + cross_entropy(classes, labels) + cross_entropy(fake_classes, wanted)
+    of_discriminator = of_discriminator + cross_entropy(classes, labels)
     of_generator = of_generator + cross_entropy(fooled_classes, wanted)
     for part, one_loss in ((discriminator, of_discriminator), (generator, of_generator)):
         prefix = "discriminator." if part is discriminator else "generator."
