@@ -138,8 +138,9 @@ def attention_explainers(model, args, image):
         found["report, column, training mode"] = in_training_mode(report_column)
     if "rollout" in found:
         found["rollout, training mode"] = in_training_mode(rollout)
-    attentions = attention_matrices(model, image, ())[2].attentions if args.layer else ()
-    check_layers(args, attentions)
+    if args.layer:
+        attentions = attention_matrices(model, image, ())[2].attentions
+        check_layers(args, attentions)
     for layer in args.layer:
         for head in range(1, attentions[layer - 1].shape[1] + 1):
             found[f"layer {layer}, head {head}"] = one_head(layer, head)

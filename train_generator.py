@@ -98,7 +98,7 @@ def generator_parser():
     help_text = "share of images that are trained without their class, for generate.py --guidance"
     add("--label-drop", type=number(above=0, below=1), metavar="P", help=help_text)
     add("--noise-dim", type=at_least(1), metavar="N", help="length of an ACGAN's noise vector")
-    add("--gan-loss", choices=("hinge", "paper"), help="hinge, or the log-likelihoods of the ACGAN paper")
+    add("--gan-loss", choices=("hinge", "paper"), help="hinge, or as in the ACGAN paper (see models/acgan.py)")
     add("--sample-epochs", type=at_least(1), metavar="N", default=10, help="draw samples.png every N epochs")
     leave_out(parser, *CLASSIFIERS_FLAGS)
     parser.set_defaults(noise_dim=128, gan_loss="hinge", **DDPM)

@@ -2944,6 +2944,9 @@ def weights_hash(model):
 
 # ---- maps/randomise.py: Maps of a model whose weights are redrawn, layer by layer from the head down (Adebayo et al. 2018).
 
+NOTE = "* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
+
+
 def layers_from_the_head(state):
     """{layer: its keys in a state dict}, the last layer first; blocks.3 is a layer."""
     layers = {}
@@ -2976,6 +2979,14 @@ def rank_correlation(maps, others):
     ranks = [torch.from_numpy(rankdata(one.flatten(1).cpu().numpy(), axis=1)) for one in (maps, others)]
     a, b = (rank - rank.mean(1, keepdim=True) for rank in ranks)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
+
+
+def learnt_nothing(table):
+    """The methods that point at the object more often than the centre does (by two standard errors), although the
+    weights are redrawn: they show the image, and not what the model has learnt."""
+    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
+    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
+    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
 
 
 # ---- maps/evaluate.py: How good a map is: measured by the object's mask, and by deleting and inserting the patches that it ranks.
@@ -3440,19 +3451,6 @@ def caption_of(explained, probabilities, classes):
     if explained.label is not None:
         caption += f"\ntrue {classes[explained.label]} ({probabilities[explained.label]:.0%})"
     return caption
-
-
-# ---- maps/ranking.py: Methods ranked over the evaluations of several checkpoints: compare.py --maps.
-
-NOTE = "* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
-
-
-def learnt_nothing(table):
-    """The methods that point at the object more often than the centre does (by two standard errors), although the
-    weights are redrawn: they show the image, and not what the model has learnt."""
-    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
-    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
-    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]
 
 
 # ---- maps/commands.py: What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint.
@@ -4017,8 +4015,9 @@ def attention_explainers(model, args, image):
         found["report, column, training mode"] = in_training_mode(report_column)
     if "rollout" in found:
         found["rollout, training mode"] = in_training_mode(rollout)
-    attentions = attention_matrices(model, image, ())[2].attentions if args.layer else ()
-    check_layers(args, attentions)
+    if args.layer:
+        attentions = attention_matrices(model, image, ())[2].attentions
+        check_layers(args, attentions)
     for layer in args.layer:
         for head in range(1, attentions[layer - 1].shape[1] + 1):
             found[f"layer {layer}, head {head}"] = one_head(layer, head)

@@ -11,8 +11,7 @@ from files import make_folder, write_json
 from maps.draw import draw_deletion_curves, draw_redrawn
 from maps.evaluate import baselines, evaluate, mean_and_error
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
-from maps.randomise import layers_from_the_head
-from maps.ranking import NOTE, learnt_nothing
+from maps.randomise import NOTE, layers_from_the_head, learnt_nothing
 from models import build_model
 from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device

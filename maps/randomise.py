@@ -6,6 +6,8 @@ A map that shows what a model has learnt changes with the weights, and no longer
 import torch
 from scipy.stats import rankdata
 
+NOTE = "* finds the object with redrawn weights, too: it shows the image, not what the model has learnt"
+
 
 def layers_from_the_head(state):
     """{layer: its keys in a state dict}, the last layer first; blocks.3 is a layer."""
@@ -39,3 +41,11 @@ def rank_correlation(maps, others):
     ranks = [torch.from_numpy(rankdata(one.flatten(1).cpu().numpy(), axis=1)) for one in (maps, others)]
     a, b = (rank - rank.mean(1, keepdim=True) for rank in ranks)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
+
+
+def learnt_nothing(table):
+    """The methods that point at the object more often than the centre does (by two standard errors), although the
+    weights are redrawn: they show the image, and not what the model has learnt."""
+    chance = table.get("centred gaussian", {}).get("pointing", (1, 0))[0]
+    found = {name: row["pointing_redrawn"] for name, row in table.items() if "pointing_redrawn" in row}
+    return [name for name, (mean, error) in found.items() if mean - 2 * error > chance]

@@ -121,7 +121,7 @@ class Ddpm(nn.Module):
         return self.last(silu(self.norm(x)))  # (B, 3, S, S)
 
     def generate(self, labels, draw, *, steps=50, eta=0.0, guidance=2.0):
-        """Images (B, 3, S, S) of labels (B,), as yielded by denoise, in `steps` steps; draw(shape) is normal noise.
+        """Images (B, 3, S, S) of labels (B,), as yielded by denoise, in at most `steps`; draw(shape) is normal noise.
 
         guidance moves the noise away from that of no class: 1 leaves it as predicted, 0 leaves the class out.
         """

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import mse_loss
 
-LEAST = 0.001  # ours
+LEAST = 0.001  # the share of an image's variance with which sampling begins; ours
 
 
 def signal_shares(name, steps):

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, write_images
 
 import compare
 import generate
+import rollout
 from experiments.plans import read_plan
 from experiments.scripts import script_parser
 from models import build_model
@@ -123,6 +124,9 @@ def test_commands_run(command, inside, monkeypatch):
     elif script == "demo.py":
         gradio = pytest.importorskip("gradio")
         monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: None)
+    elif script == "compare.py" and "--maps" in argv:
+        for run in argv[1:]:
+            rollout.main([run, "--evaluate", "--num-images", "4", "--device", "cpu"])
     elif script == "campaign.py":
         if "--engine" in argv:  # tests/experiments/test_engines.py starts engines
             assert importlib.import_module("campaign").campaign_parser().parse_args(argv).engine

@@ -130,10 +130,8 @@ def test_a_folder_is_completed_with_the_images_that_it_lacks(sampler, ddpm, tmp_
 def test_an_animation_ends_with_the_images(ddpm, tmp_path):
     assert generate.main([str(ddpm), "--animate", str(tmp_path / "new" / "noise.gif"), "--device", "cpu"]) is None
     with Image.open(tmp_path / "new" / "noise.gif") as movie:
-        assert movie.n_frames == 19 and movie.size == (
-            2 * (3 * 17 + 1),
-            2 * (4 * 17 + 1),
-        )  # of 20 times, one leaves too little
+        assert movie.n_frames == 19  # of 20 times; at the last one too little is left of the image
+        assert movie.size == (2 * (3 * 17 + 1), 2 * (4 * 17 + 1))
         movie.seek(18)
         last = np.asarray(movie.convert("RGB")).astype(int)
     bee = pixels(generate.main([str(ddpm), "--per-class", "1", "--device", "cpu", "--steps", "20"]))[

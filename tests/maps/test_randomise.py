@@ -5,8 +5,7 @@ import torch
 from scipy.stats import spearmanr
 
 from maps.commands import scores_text
-from maps.randomise import layers_from_the_head, maps_while_redrawn, rank_correlation
-from maps.ranking import learnt_nothing
+from maps.randomise import layers_from_the_head, learnt_nothing, maps_while_redrawn, rank_correlation
 from models import build_model
 
 

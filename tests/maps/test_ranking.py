@@ -47,6 +47,7 @@ def write(folder, name, values, *, dataset="shapes", split="test", ranked_by="po
     rows["good"]["pointing_redrawn"] = [redrawn, 0.01]
     rows["centred gaussian"] = {"pointing": [0.3, 0.01]}
     record = {"model": "vit", "dataset_name": dataset, "split": split, "ranked_by": ranked_by}
+    record["images"] = len(values["good"])
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record | {"scores": rows, "values": values}))
 
@@ -75,9 +76,9 @@ def test_evaluations_that_cannot_be_ranked_are_named(tmp_path):
     (tmp_path / "c.json").write_text("{}")
     for name, message in {
         "a": "vit on shapes are not of the same images",
-        "b": "some evaluations are ranked by pointing",
+        "b": "pointing ranks methods where there are masks, saco elsewhere",
         "c.json": "c.json is no evaluation.json of rollout.py",
-        "d": "there is no evaluation in",
+        "d": "name runs with an evaluation",
     }.items():
         with pytest.raises(UserError, match=message):
             ranking_text([tmp_path / name])
