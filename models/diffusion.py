@@ -8,8 +8,6 @@ import math
 import torch
 from torch.nn.functional import mse_loss
 
-LEAST = 0.001  # the share of an image's variance with which sampling begins; ours
-
 
 def signal_shares(name, steps):
     """ᾱ (steps,) float64: the share of an image's variance that is left at each time.
@@ -60,13 +58,3 @@ def denoise(predict, images, *, shares, times, eta, draw):
         images = then**0.5 * expected + max(1 - then - sigma**2, 0.0) ** 0.5 * noise
         if sigma:
             images = images + sigma * draw()
-
-
-def spaced_times(steps, shares):
-    """At most `steps` times, evenly spaced, from the last one with ᾱ of at least LEAST to 0; shares are all ᾱ, a list.
-
-    Later ones show next to nothing of the image, and enlarge an error of the predicted noise by 1/√ᾱ to one of the
-    expected image's colour, which the steps after it take over.
-    """
-    count = sum(share >= LEAST for share in shares)
-    return torch.linspace(count - 1, 0, min(steps, count)).round().int().tolist()

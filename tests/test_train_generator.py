@@ -130,14 +130,13 @@ def test_a_folder_is_completed_with_the_images_that_it_lacks(sampler, ddpm, tmp_
 def test_an_animation_ends_with_the_images(ddpm, tmp_path):
     assert generate.main([str(ddpm), "--animate", str(tmp_path / "new" / "noise.gif"), "--device", "cpu"]) is None
     with Image.open(tmp_path / "new" / "noise.gif") as movie:
-        assert movie.n_frames == 19  # of 20 times; at the last one too little is left of the image
+        assert movie.n_frames == 20
         assert movie.size == (2 * (3 * 17 + 1), 2 * (4 * 17 + 1))
-        movie.seek(18)
+        movie.seek(19)
         last = np.asarray(movie.convert("RGB")).astype(int)
-    bee = pixels(generate.main([str(ddpm), "--per-class", "1", "--device", "cpu", "--steps", "20"]))[
-        Path("bee/000000.png")
-    ]
-    assert abs(last[2:34:2, 36:68:2] - bee).mean() < 12  # a GIF has 256 colours
+    written = pixels(generate.main([str(ddpm), "--per-class", "1", "--device", "cpu", "--steps", "20"]))
+    bee, other = (abs(last[2:34:2, 36:68:2] - written[Path(name, "000000.png")]).mean() for name in ("bee", "ant"))
+    assert bee < other / 3  # a GIF has few colours
 
 
 def test_a_classifier_says_how_good_they_are(ddpm, folder_flags, tmp_path, capsys):
