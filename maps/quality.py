@@ -141,7 +141,7 @@ def draw_nearest(path, generated, dataset):
     axes[0, 0].axis("off")
     axes[0, 1].hist([distances.numpy(), of_test.numpy()], label=["generated images", "test images"])
     axes[0, 1].set(xlabel="distance to the nearest training image", ylabel="images")
-    axes[0, 1].legend()
+    axes[0, 1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     save_figure(figure, path, dpi=120)
 
 
