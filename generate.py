@@ -1,8 +1,8 @@
-"""Write images that a model of train_generator.py makes, as folders of PNG files, one per class.
+"""Write images made by a model of train_generator.py, as folders of PNG files, one per class.
 
-    python generate.py checkpoints/ddpm --per-class 500 --out datasets/generated
+    python generate.py checkpoints/ddpm --per-class 100 --out datasets/generated
     python generate.py checkpoints/ddpm --animate noise.gif
-    python generate.py checkpoints/ddpm --out generated --classifier checkpoints/cct_2_3x2
+    python generate.py checkpoints/ddpm --per-class 100 --out datasets/generated --classifier checkpoints/cct_2_3x2
 
 The last command also evaluates the images with a classifier that was trained on real ones. A second call with the same
 flags writes only what is missing. Mix the images into training with --extra-data datasets/generated.
@@ -28,24 +28,25 @@ from training.values import at_least
 from training.weights import weights_hash
 
 FRAMES = 20  # of an animation
+EVALUATION = ("quality.json", "nearest.png")  # what --classifier leaves beside the images
 
 
 def generate_parser():
     parser = checkpoint_parser(__doc__)
     leave_out(parser, "attention")
     add = parser.add_argument
-    add("--per-class", type=at_least(1), metavar="N", help="images of each class (default: 100)")
+    add("--per-class", type=at_least(1), metavar="N", help="images per class (default: 100)")
     add("--class", dest="classes", nargs="+", metavar="CLASS", help="write only these classes (default: all)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: generated in the run's folder)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="change it for other images")
     add("--batch-size", type=at_least(1), default=100, metavar="N", help="lower it if memory runs out")
-    add("--animate", type=Path, metavar="FILE.gif", help="draw four images of each class as they come out of the noise")
+    add("--animate", type=Path, metavar="FILE.gif", help="draw four images of each class as they emerge from noise")
     add("--classifier", type=Path, metavar="RUN", help="evaluate the images with this run, of the same classes")
     add = parser.add_argument_group("sampling, for a ddpm").add_argument
     help_text = "ddim (default); or ddpm, which adds noise on the way"
     add("--sampler", choices=("ddim", "ddpm"), help=help_text)
     add("--steps", type=at_least(1), metavar="N", help="more are slower and better (default: 50, or all with ddpm)")
-    help_text = "above 1, images are clearer and vary less; 1 is none (default: 2)"
+    help_text = "above 1, images are clearer and vary less; 1 turns it off (default: 2)"
     add("--guidance", type=at_least(0, float), metavar="G", help=help_text)
     return parser
 
@@ -55,7 +56,7 @@ def generate_options(args, name, model):
     if name != "ddpm":
         for flag in ("sampler", "steps", "guidance", "animate"):
             if (value := getattr(args, flag)) is not None:
-                raise UserError(f"--{flag} {value}: {name} makes images in one step, without it")
+                raise UserError(f"--{flag} {value}: this is for a ddpm; {name} makes images in one step")
         return {}
     total, ancestral = len(model.shares), args.sampler == "ddpm"
     steps = args.steps or (total if ancestral else min(50, total))
@@ -76,19 +77,24 @@ def begin_folder(out, record):
 
 
 def write_images(out, model, names, labels, *, per_class, batch_size, **options):
-    """Write the images of labels that are missing in out, by whole batches."""
+    """Write the images of labels that are missing in out, by whole batches, and print how many there are."""
     pairs = [(label, index) for label in labels for index in range(per_class)]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for label in labels:
         make_folder(out / names[label])
+    written = 0
     for batch in tqdm(batches, "generating", disable=bar_disabled(), unit="batch"):
         paths = [out / names[label] / f"{index:06}.png" for label, index in batch]
         if all(path.exists() for path in paths):
             continue
+        for name in EVALUATION:  # it is of fewer images
+            (out / name).unlink(missing_ok=True)
         images = generated_images(model, *torch.tensor(batch).T, **options)[0]
         for path, pixels in zip(paths, images.permute(0, 2, 3, 1).numpy(), strict=True):
             image = Image.fromarray(pixels)
             write_atomically(path, partial(image.save, format="png"))
+        written += len(batch)
+    print(f"{out}: {len(pairs):,} images, {written:,} of them written now")
 
 
 def animate(path, model, labels, **options):
@@ -106,12 +112,16 @@ def animate(path, model, labels, **options):
 def main(argv=None):
     """Generate as the command line (or argv) says; returns the folder, None if there is only an animation."""
     args = generate_parser().parse_args(argv)
+    if args.animate and args.animate.suffix.lower() != ".gif":
+        raise UserError(f"--animate {args.animate}: its name must end in .gif")
     checkpoint, model = open_model(args, generates=True)
     precision = Precision("auto", next(model.parameters()).device)
     options = generate_options(args, checkpoint["model"], model)
     classes = checkpoint["classes"]
     labels = [find_class(name, classes, flag="--class") for name in args.classes or classes]
-    classifier = open_classifier(args, classes, precision.device) if args.classifier else None
+    per_class = args.per_class or 100
+    count = len(labels) * per_class
+    classifier = open_classifier(args, classes, precision.device, count=count) if args.classifier else None
     drawing = options | {"seed": args.seed, "precision": precision}
     if args.animate:
         animate(make_folder(args.animate.parent) / args.animate.name, model, labels, **drawing)
@@ -128,8 +138,7 @@ def main(argv=None):
         **options,
     }
     begin_folder(out, record)
-    write_images(out, model, classes, labels, per_class=args.per_class or 100, batch_size=args.batch_size, **drawing)
-    print(out)
+    write_images(out, model, classes, labels, per_class=per_class, batch_size=args.batch_size, **drawing)
     if classifier:
         print(quality_text(measure_quality(out, *classifier)))
     return out

@@ -2072,7 +2072,7 @@ def read_extra(root, classes, like):
     large ones, which training crops.
     """
     if not torch.is_tensor(like):
-        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
+        raise UserError(f"--extra-data {root}: generated images can only be mixed with images of up to 64 pixels")
     names = subfolders(Path(root))
     if not names or set(names) - set(classes):
         raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")
@@ -3841,7 +3841,8 @@ COLUMNS = (  # of log.csv
 
 def print_header(args, precision):
     """The first lines of a run: its recipe, and what it runs on."""
-    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
+    epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
+    print(f"recipe {args.recipe}: {args.dataset}, {epochs}, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
 
 

@@ -21,14 +21,20 @@ NEIGHBOURS = 5  # Naeem et al. 2020
 PAIRS = 50  # generated images shown beside their nearest training image
 
 
-def open_classifier(args, classes, device):
-    """(checkpoint, model, dataset) of the run --classifier. Raises UserError if it knows other classes."""
+def open_classifier(args, classes, device, *, count):
+    """(checkpoint, model, dataset) of the run --classifier, to evaluate `count` images.
+
+    Raises UserError if it knows other classes, or these in another order, and if there are too few images.
+    """
     import_optional("torchmetrics")
     checkpoint = load_checkpoint(args.classifier, device=device)
     if checkpoint["classes"] != classes:
-        raise UserError(f"--classifier {args.classifier}: it knows the classes {', '.join(checkpoint['classes'])}")
+        raise UserError(f"--classifier {args.classifier}: its classes are {', '.join(checkpoint['classes'])}")
     model = rebuild_model(checkpoint, build_model).to(device)
-    return checkpoint, model, checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
+    dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
+    if min(count, len(dataset.train.labels), len(dataset.test.labels)) <= NEIGHBOURS + 1:
+        raise UserError(f"--classifier needs at least {NEIGHBOURS + 2} generated, training and test images")
+    return checkpoint, model, dataset
 
 
 def measure_quality(folder, checkpoint, model, dataset):
@@ -39,8 +45,6 @@ def measure_quality(folder, checkpoint, model, dataset):
     """
     generated = Split(*read_extra(folder, dataset.classes, dataset.test.images))
     count = min(len(generated.labels), len(dataset.test.labels), len(dataset.train.labels), MOST)
-    if count <= NEIGHBOURS + 1:
-        raise UserError(f"{folder}: {count} images are too few for --classifier; more --per-class")
     sets = {"test images": dataset.test, "training images": dataset.train, "generated images": generated}
     sets = {name: evenly_spread(split, count) for name, split in sets.items()}
     found = {name: features_and_logits(model, checkpoint, split.images) for name, split in sets.items()}

@@ -82,7 +82,7 @@ def workspace(tmp_path_factory):
             own = ["--attention", "my_block.py:CosineAttention"] if name == "cosine" else []
             argv = made_small(script, ["--run-name", name, *own])
             importlib.import_module(script[:-3]).main(argv)
-        generate.main(["checkpoints/ddpm", "--per-class", "4", "--out", "generated", "--device", "cpu"])
+        generate.main(["checkpoints/ddpm", "--per-class", "4", "--out", "datasets/generated", "--device", "cpu"])
     return folder
 
 

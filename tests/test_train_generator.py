@@ -163,9 +163,14 @@ def test_what_generate_refuses(ddpm, flags, folder_flags, tmp_path):
         ([ddpm, "--class", "lion"], "--class lion: the classes are ant, bee, cat"),
         ([ddpm, "--out", tmp_path / "full"], "full: it is not empty; name another folder"),
         ([ddpm, "--classifier", tmp_path / "runs" / "ddpm"], "ddpm generates images: use generate.py"),
-        ([tmp_path / "runs" / "acgan", "--animate", "x.gif"], "--animate x.gif: acgan makes images in one step"),
+        ([ddpm, "--classifier", tmp_path / "runs" / "vit", "--per-class", "2"], "needs at least 7 generated, training"),
+        ([ddpm, "--animate", "noise.png"], "--animate noise.png: its name must end in .gif"),
+        ([tmp_path / "runs" / "acgan", "--animate", "x.gif"], "--animate x.gif: this is for a ddpm; acgan"),
         ([tmp_path / "runs" / "vit"], "vit classifies images: use predict.py"),
-        ([tmp_path / "runs" / "acgan", "--steps", "5"], "--steps 5: acgan makes images in one step, without it"),
+        (
+            [tmp_path / "runs" / "acgan", "--steps", "5"],
+            "--steps 5: this is for a ddpm; acgan makes images in one step",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             generate.main([*map(str, argv), "--device", "cpu"])

@@ -27,7 +27,8 @@ COLUMNS = (  # of log.csv
 
 def print_header(args, precision):
     """The first lines of a run: its recipe, and what it runs on."""
-    print(f"recipe {args.recipe}: {args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}")
+    epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
+    print(f"recipe {args.recipe}: {args.dataset}, {epochs}, batch {args.batch_size}, lr {args.lr:g}")
     print(f"{device_name(precision.device)}, {precision.dtype}, torch {torch.__version__}")
 
 
