@@ -6,7 +6,14 @@ import sys
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
+    """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right.
+
+    Line breaks in the message become spaces, and of a very long one the middle is left out.
+    """
+
+    def __init__(self, message):
+        line = " ".join(str(message).split("\n"))
+        super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""

@@ -40,7 +40,7 @@ from training.optimizer import make_loss, make_optimizer, make_schedule
 from training.outputs import print_header, print_lr, print_model, print_summary
 from training.ranks import first_rank_first
 from training.run import Run
-from training.values import at_least, fraction, name_or_class
+from training.values import at_least, fraction, name_or_class, number
 
 REPORT = {
     "dataset": "cifar10",  # the report
@@ -118,7 +118,7 @@ def vit_parser():
     add("--patch-size", type=at_least(1), metavar="PIXELS", help="smaller patches: more tokens, slower, often better")
     add("--pad", action="store_true", help="add zeros to images that the patch size does not divide")
     add("--embed-dim", type=at_least(1), metavar="N", help="width of a token")
-    add("--depth", type=at_least(1), metavar="N", help="number of blocks")
+    add("--depth", type=number(int, low=1, high=1000), metavar="N", help="number of blocks")
     add("--num-heads", type=at_least(1), metavar="N", help="must divide the width")
     add("--mlp-ratio", type=at_least(0.1, float), metavar="R", help="width of the MLP over that of a token")
     add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")

@@ -67,6 +67,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 import torchvision
@@ -80,7 +81,14 @@ from tqdm.auto import tqdm
 # ---- errors.py: What a user sees: the one exception that stands for a mistake of theirs, tables, how a script ends, progress bars.
 
 class UserError(ValueError):
-    """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right."""
+    """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right.
+
+    Line breaks in the message become spaces, and of a very long one the middle is left out.
+    """
+
+    def __init__(self, message):
+        line = " ".join(str(message).split("\n"))
+        super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""
@@ -170,6 +178,8 @@ def write_atomically(path, write, *, previous=None):
     if not is_first_rank():
         return
     path = Path(path)
+    if not path.name:
+        raise UserError(f"{path} cannot be written (it is a folder)")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -671,16 +681,34 @@ def model_family(name):
     return {}
 
 
+class SizeLimit(TorchDispatchMode):
+    """While it is entered, new tensors (float32) that take more than half of the memory are refused, unallocated."""
+
+    def __init__(self):
+        super().__init__()
+        known = hasattr(os, "sysconf")  # not on Windows
+        self.limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else math.inf
+        self.taken = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], (list, tuple)) and all(isinstance(side, int) for side in args[0]):
+            self.taken += 4 * math.prod(args[0])
+            if self.taken > self.limit:
+                raise UserError(f"the model's weights take more than {self.limit / 2**30:.0f} GiB, half of the memory")
+        return function(*args, **(kwargs or {}))
+
+
 def build_model(name, num_classes=10, **model_args):
     """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name or an invalid argument.
+    Raises UserError for an unknown name or an invalid argument, or if its weights take more than half of the memory.
     """
     family = model_family(name)
     if name not in family:
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
-    return family[name](num_classes=num_classes, **model_args)
+    with SizeLimit():
+        return family[name](num_classes=num_classes, **model_args)
 
 
 # ---- pipeline/augment.py: Random transforms of a batch of images on its device; each image draws its own parameters.
@@ -3012,6 +3040,11 @@ def largest_batch(run):
 
 # ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
 
+# between these is a flag's value, but for 0, whatever its own bounds
+SMALLEST = 1e-30
+LARGEST = {float: 1e9, int: 2**31 - 1}
+
+
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
     """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
     bounds = {"at least": low, "above": above, "at most": high, "below": below}
@@ -3023,6 +3056,8 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        if value and not SMALLEST < abs(value) <= LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{text} is too {'small' if abs(value) < 1 else 'large'}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type by it
@@ -3032,8 +3067,8 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
 def pixels(text):
     """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
     sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    if len(sides) > 2 or not 1 <= min(sides) <= max(sides) <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and at most 10000, or two as 32x64, not {text}")
     return sides if len(set(sides)) == 2 else sides[0]
 
 
@@ -3046,7 +3081,7 @@ def as_epoch_and_count(text):
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
-    if count < 1:
+    if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
@@ -3121,8 +3156,14 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(HelpFormatter, max_help_position=30)
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
-    def parse_args(self, args=None, namespace=None):
-        return super().parse_args(command_line() if args is None else args, namespace)
+    def parse_known_args(self, args=None, namespace=None):
+        argv = command_line() if args is None else args
+        for text in argv:
+            if re.fullmatch("--.+=--", text):  # argparse would make an empty list of it
+                self.error(f"argument {text[:-3]}: expected a value, not --")
+            if "\n" in text or "\0" in text or len(max(text.split("/"), key=len).encode()) > 255:  # no name of a file
+                self.error(f"argument {text[:40]!r} is too long, or holds a line break")
+        return super().parse_known_args(argv, namespace)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -5081,7 +5122,7 @@ def vit_parser():
     add("--patch-size", type=at_least(1), metavar="PIXELS", help="smaller patches: more tokens, slower, often better")
     add("--pad", action="store_true", help="add zeros to images that the patch size does not divide")
     add("--embed-dim", type=at_least(1), metavar="N", help="width of a token")
-    add("--depth", type=at_least(1), metavar="N", help="number of blocks")
+    add("--depth", type=number(int, low=1, high=1000), metavar="N", help="number of blocks")
     add("--num-heads", type=at_least(1), metavar="N", help="must divide the width")
     add("--mlp-ratio", type=at_least(0.1, float), metavar="R", help="width of the MLP over that of a token")
     add("--drop", type=fraction, metavar="P", help="dropout; raise it if the model overfits")

@@ -1,6 +1,10 @@
 """Build a model by its name. A family's file is imported only when one of its models is asked for."""
 
+import math
+import os
 from functools import partial
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
 
@@ -43,13 +47,31 @@ def model_family(name):
     return {}
 
 
+class SizeLimit(TorchDispatchMode):
+    """While it is entered, new tensors (float32) that take more than half of the memory are refused, unallocated."""
+
+    def __init__(self):
+        super().__init__()
+        known = hasattr(os, "sysconf")  # not on Windows
+        self.limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else math.inf
+        self.taken = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], (list, tuple)) and all(isinstance(side, int) for side in args[0]):
+            self.taken += 4 * math.prod(args[0])
+            if self.taken > self.limit:
+                raise UserError(f"the model's weights take more than {self.limit / 2**30:.0f} GiB, half of the memory")
+        return function(*args, **(kwargs or {}))
+
+
 def build_model(name, num_classes=10, **model_args):
     """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name or an invalid argument.
+    Raises UserError for an unknown name or an invalid argument, or if its weights take more than half of the memory.
     """
     family = model_family(name)
     if name not in family:
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
-    return family[name](num_classes=num_classes, **model_args)
+    with SizeLimit():
+        return family[name](num_classes=num_classes, **model_args)

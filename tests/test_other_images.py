@@ -121,7 +121,7 @@ def test_the_flag_of_the_image_size():
     ("more", "message"),
     [
         (["--channels", "2"], "--channels: invalid choice: 2"),
-        (["--image-size", "8x8x8"], "--image-size: must be at least 1, or two such numbers as 32x64, not 8x8x8"),
+        (["--image-size", "8x8x8"], "--image-size: must be at least 1 and at most 10000, or two as 32x64, not 8x8x8"),
         (["--image-size", "0"], "--image-size: must be at least 1"),
         (["--image-size", "wide"], "--image-size: invalid pixels value: 'wide'"),
         (["--model", "vit_b_16", "--channels", "1"], "--channels 1: pretrained models take images of 3 channels"),

@@ -52,8 +52,14 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(HelpFormatter, max_help_position=30)
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
-    def parse_args(self, args=None, namespace=None):
-        return super().parse_args(command_line() if args is None else args, namespace)
+    def parse_known_args(self, args=None, namespace=None):
+        argv = command_line() if args is None else args
+        for text in argv:
+            if re.fullmatch("--.+=--", text):  # argparse would make an empty list of it
+                self.error(f"argument {text[:-3]}: expected a value, not --")
+            if "\n" in text or "\0" in text or len(max(text.split("/"), key=len).encode()) > 255:  # no name of a file
+                self.error(f"argument {text[:40]!r} is too long, or holds a line break")
+        return super().parse_known_args(argv, namespace)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)

@@ -4,6 +4,10 @@ import argparse
 import math
 import re
 
+# between these is a flag's value, but for 0, whatever its own bounds
+SMALLEST = 1e-30
+LARGEST = {float: 1e9, int: 2**31 - 1}
+
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
     """A flag's type: an int or float with low <= value <= high and above < value < below; optional: or "none"."""
@@ -16,6 +20,8 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        if value and not SMALLEST < abs(value) <= LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{text} is too {'small' if abs(value) < 1 else 'large'}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type by it
@@ -25,8 +31,8 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
 def pixels(text):
     """A flag's type: the side of a square, or HEIGHTxWIDTH as [height, width]."""
     sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or two such numbers as 32x64, not {text}")
+    if len(sides) > 2 or not 1 <= min(sides) <= max(sides) <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and at most 10000, or two as 32x64, not {text}")
     return sides if len(set(sides)) == 2 else sides[0]
 
 
@@ -39,7 +45,7 @@ def as_epoch_and_count(text):
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
-    if count < 1:
+    if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
         raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
