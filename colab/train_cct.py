@@ -14,6 +14,7 @@ import ctypes
 from dataclasses import dataclass, replace
 import datetime
 import difflib
+import errno
 import functools
 from functools import cache, partial
 import hashlib
@@ -33,6 +34,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import stat
 import statistics
 import subprocess
@@ -4325,9 +4327,39 @@ def is_taken(folder):
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def lock(folder):
+    """Keep other processes from writing to a run's folder until the file that is returned is closed, or this one ends.
+
+    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. None,
+    without a lock, where the system or the drive has none.
+    """
+    path = Path(os.path.abspath(folder))
+    try:
+        import fcntl  # not on Windows
+
+        file = open(path.with_name(f".{path.name}.lock"), "a+")
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        file.seek(0)
+        raise UserError(f"{folder}: another run writes to it ({file.read(100).strip()})") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def prepare_folder(folder, *, resuming, start_log=None):
-    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains.
+
+    Returns the folder's lock.
+    """
     make_folder(folder)
+    held = lock(folder) if is_first_rank() else None
     old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if start_log:
         start_log()
@@ -4336,6 +4368,7 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
+    return held
 
 
 def finished_result(folder, *, skip_test):
@@ -4348,7 +4381,7 @@ def finished_result(folder, *, skip_test):
         if result.get("test_accuracy", 0) is None and not skip_test:
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result
 
@@ -4943,6 +4976,7 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
+        self.lock = None  # of the folder, held as long as this object lives
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -4976,7 +5010,8 @@ class Run:
             self.first_epoch = self.epoch
         if (self.args.log or self.args.log_steps) and is_first_rank():
             self.log = RunLog(self)
-        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
+        start_log = self.log and self.log.start
+        self.lock = prepare_folder(self.folder, resuming=checkpoint is not None, start_log=start_log)
         if self.args.log_steps and self.log:
             self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:

@@ -110,8 +110,11 @@ def scores_text(table):
 def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.read_text())
+        pairs = [pair for row in record["scores"].values() for pair in row.values()]
+        whole = all(isinstance(record.get(rows, {}), dict) for rows in ("curves", "values"))
+        return record if whole and all(len(pair) == 2 for pair in pairs) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -1,7 +1,10 @@
 """A run's folder: its name, what may lie there already, and a run that is replaced."""
 
+import errno
 import itertools
 import json
+import os
+import socket
 from pathlib import Path
 
 from errors import UserError
@@ -55,9 +58,39 @@ def is_taken(folder):
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def lock(folder):
+    """Keep other processes from writing to a run's folder until the file that is returned is closed, or this one ends.
+
+    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. None,
+    without a lock, where the system or the drive has none.
+    """
+    path = Path(os.path.abspath(folder))
+    try:
+        import fcntl  # not on Windows
+
+        file = open(path.with_name(f".{path.name}.lock"), "a+")
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        file.seek(0)
+        raise UserError(f"{folder}: another run writes to it ({file.read(100).strip()})") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def prepare_folder(folder, *, resuming, start_log=None):
-    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains.
+
+    Returns the folder's lock.
+    """
     make_folder(folder)
+    held = lock(folder) if is_first_rank() else None
     old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if start_log:
         start_log()
@@ -66,6 +99,7 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
+    return held
 
 
 def finished_result(folder, *, skip_test):
@@ -78,6 +112,6 @@ def finished_result(folder, *, skip_test):
         if result.get("test_accuracy", 0) is None and not skip_test:
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run is finished anew") from error
     return result

@@ -62,6 +62,7 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
+        self.lock = None  # of the folder, held as long as this object lives
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -97,7 +98,8 @@ class Run:
             from training.loggers import RunLog  # only if it is asked for
 
             self.log = RunLog(self)
-        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
+        start_log = self.log and self.log.start
+        self.lock = prepare_folder(self.folder, resuming=checkpoint is not None, start_log=start_log)
         if self.args.log_steps and self.log:
             self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:
