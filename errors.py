@@ -12,7 +12,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message):
-        line = " ".join(str(message).split("\n"))
+        line = " ".join(str(message).splitlines())
         super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):

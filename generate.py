@@ -20,7 +20,7 @@ from errors import UserError, bar_disabled, run_script
 from files import make_folder, write_atomically, write_json
 from maps.commands import checkpoint_parser, open_model
 from maps.images import find_class
-from maps.quality import measure_quality, open_classifier, quality_text
+from maps.quality import EVALUATION, measure_quality, open_classifier, quality_text
 from training.checkpoint import checkpoint_file
 from training.device import Precision
 from training.generating import RECORD, as_sheet, generated_images, leave_out, read_record
@@ -28,7 +28,6 @@ from training.values import at_least
 from training.weights import weights_hash
 
 FRAMES = 20  # of an animation
-EVALUATION = ("quality.json", "nearest.png")  # what --classifier leaves beside the images
 
 
 def generate_parser():
@@ -82,19 +81,16 @@ def write_images(out, model, names, labels, *, per_class, batch_size, **options)
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for label in labels:
         make_folder(out / names[label])
-    written = 0
-    for batch in tqdm(batches, "generating", disable=bar_disabled(), unit="batch"):
-        paths = [out / names[label] / f"{index:06}.png" for label, index in batch]
-        if all(path.exists() for path in paths):
-            continue
-        for name in EVALUATION:  # it is of fewer images
-            (out / name).unlink(missing_ok=True)
+    paths = {(label, index): out / names[label] / f"{index:06}.png" for label, index in pairs}
+    missing = [batch for batch in batches if not all(paths[pair].exists() for pair in batch)]
+    for name in EVALUATION * bool(missing):  # it does not cover the new images
+        (out / name).unlink(missing_ok=True)
+    for batch in tqdm(missing, "generating", disable=bar_disabled(), unit="batch"):
         images = generated_images(model, *torch.tensor(batch).T, **options)[0]
-        for path, pixels in zip(paths, images.permute(0, 2, 3, 1).numpy(), strict=True):
+        for pair, pixels in zip(batch, images.permute(0, 2, 3, 1).numpy(), strict=True):
             image = Image.fromarray(pixels)
-            write_atomically(path, partial(image.save, format="png"))
-        written += len(batch)
-    print(f"{out}: {len(pairs):,} images, {written:,} of them written now")
+            write_atomically(paths[pair], partial(image.save, format="png"))
+    print(f"{out}: {len(pairs):,} images, {sum(map(len, missing)):,} of them written now")
 
 
 def animate(path, model, labels, **options):
@@ -118,7 +114,7 @@ def main(argv=None):
     precision = Precision("auto", next(model.parameters()).device)
     options = generate_options(args, checkpoint["model"], model)
     classes = checkpoint["classes"]
-    labels = [find_class(name, classes, flag="--class") for name in args.classes or classes]
+    labels = list(dict.fromkeys(find_class(name, classes, flag="--class") for name in args.classes or classes))
     per_class = args.per_class or 100
     count = len(labels) * per_class
     classifier = open_classifier(args, classes, precision.device, count=count) if args.classifier else None

@@ -94,7 +94,7 @@ def generator_parser():
     add("--depth", type=number(int, low=1, high=1000), metavar="N", help="blocks per level of the U-Net")
     add("--drop", type=fraction, metavar="P", help="dropout")
     add("--noise-schedule", choices=("linear", "cosine"), help="how the noise grows over the steps")
-    add("--noise-steps", type=number(int, low=2, high=100_000), metavar="N", help="steps from image to noise")
+    add("--noise-steps", type=number(int, low=2, high=10_000), metavar="N", help="steps from image to noise")
     help_text = "share of images that are trained without their class, for generate.py --guidance"
     add("--label-drop", type=number(above=0, below=1), metavar="P", help=help_text)
     add("--noise-dim", type=at_least(1), metavar="N", help="length of an ACGAN's noise vector")

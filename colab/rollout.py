@@ -73,7 +73,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message):
-        line = " ".join(str(message).split("\n"))
+        line = " ".join(str(message).splitlines())
         super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):
@@ -1315,32 +1315,34 @@ def model_family(name):
 
 
 class SizeLimit(TorchDispatchMode):
-    """While it is entered, new tensors (float32) that take more than half of the memory are refused, unallocated."""
+    """Refuses new float32 tensors once they would fill half of the memory: Linux kills a process that fills it."""
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        known = hasattr(os, "sysconf")  # not on Windows
-        self.limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else math.inf
-        self.taken = 0
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else -1  # Windows has none
+        self.limit = pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages > 0 else math.inf
+        self.name, self.taken = name, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if args and isinstance(args[0], (list, tuple)) and all(isinstance(side, int) for side in args[0]):
             self.taken += 4 * math.prod(args[0])
             if self.taken > self.limit:
-                raise UserError(f"the model's weights take more than {self.limit / 2**30:.0f} GiB, half of the memory")
+                raise UserError(
+                    f"{self.name}: half of the memory, {self.limit / 2**30:.0f} GiB, cannot hold its weights"
+                )
         return function(*args, **(kwargs or {}))
 
 
 def build_model(name, num_classes=10, **model_args):
     """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name or an invalid argument, or if its weights take more than half of the memory.
+    Raises UserError for an unknown name or an invalid argument, or weights that half of the memory does not hold.
     """
     family = model_family(name)
     if name not in family:
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
-    with SizeLimit():
+    with SizeLimit(name):
         return family[name](num_classes=num_classes, **model_args)
 
 
@@ -2718,9 +2720,8 @@ def device_name(device):
 
 # ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
 
-# between these is a flag's value, but for 0, whatever its own bounds
-SMALLEST = 1e-30
-LARGEST = {float: 1e9, int: 2**31 - 1}
+# the absolute value of a number is 0 or between these, if it has no upper bound of its own
+SMALLEST, LARGEST = 1e-30, {float: 1e9, int: 2**31 - 1}
 
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
@@ -2734,8 +2735,9 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        if value and not SMALLEST < abs(value) <= LARGEST[kind]:
-            raise argparse.ArgumentTypeError(f"{text} is too {'small' if abs(value) < 1 else 'large'}")
+        if min(high, below) == math.inf and value and not SMALLEST <= abs(value) <= LARGEST[kind]:
+            bound = f"small: 0, or from {SMALLEST:g}" if abs(value) < 1 else f"large: at most {LARGEST[kind]:g}"
+            raise argparse.ArgumentTypeError(f"{text} is too {bound}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type by it
@@ -2756,6 +2758,7 @@ def at_least(low, kind=int):
 
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
+seed = number(int, low=0, high=2**63 - 1)
 
 
 def is_own_class(value):
@@ -2783,12 +2786,14 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(HelpFormatter, max_help_position=30)
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
-        argv = command_line() if args is None else args
+    def parse_known_args(self, args=None, namespace=None):  # parse_intermixed_args calls it, too
+        argv = list(command_line() if args is None else args)
         for text in argv:
-            if re.fullmatch("--.+=--", text):  # argparse would make an empty list of it
+            if re.fullmatch("--[^=]+=--", text):  # argparse would make an empty list of it
                 self.error(f"argument {text[:-3]}: expected a value, not --")
-            if "\n" in text or "\0" in text or len(max(text.split("/"), key=len).encode()) > 255:  # no name of a file
+            value = text.partition("=")[2] if text.startswith("--") else text
+            longest = max(len(os.fsencode(part)) for part in value.split("/"))
+            if longest > 255 or set(text) & set("\n\r\0"):  # no name of a file
                 self.error(f"argument {text[:40]!r} is too long, or holds a line break")
         return super().parse_known_args(argv, namespace)
 
@@ -3588,10 +3593,11 @@ def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
         record = json.loads(path.read_text())
-        pairs = [pair for row in record["scores"].values() for pair in row.values()]
-        whole = all(isinstance(record.get(rows, {}), dict) for rows in ("curves", "values"))
-        return record if whole and all(len(pair) == 2 for pair in pairs) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        scores_text(record["scores"])
+        for row in [*record.get("curves", {}).values(), *record.get("values", {}).values()]:
+            iter(row)
+        return record
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
 
 

@@ -89,7 +89,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message):
-        line = " ".join(str(message).split("\n"))
+        line = " ".join(str(message).splitlines())
         super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):
@@ -688,32 +688,34 @@ def model_family(name):
 
 
 class SizeLimit(TorchDispatchMode):
-    """While it is entered, new tensors (float32) that take more than half of the memory are refused, unallocated."""
+    """Refuses new float32 tensors once they would fill half of the memory: Linux kills a process that fills it."""
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        known = hasattr(os, "sysconf")  # not on Windows
-        self.limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else math.inf
-        self.taken = 0
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else -1  # Windows has none
+        self.limit = pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages > 0 else math.inf
+        self.name, self.taken = name, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if args and isinstance(args[0], (list, tuple)) and all(isinstance(side, int) for side in args[0]):
             self.taken += 4 * math.prod(args[0])
             if self.taken > self.limit:
-                raise UserError(f"the model's weights take more than {self.limit / 2**30:.0f} GiB, half of the memory")
+                raise UserError(
+                    f"{self.name}: half of the memory, {self.limit / 2**30:.0f} GiB, cannot hold its weights"
+                )
         return function(*args, **(kwargs or {}))
 
 
 def build_model(name, num_classes=10, **model_args):
     """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name or an invalid argument, or if its weights take more than half of the memory.
+    Raises UserError for an unknown name or an invalid argument, or weights that half of the memory does not hold.
     """
     family = model_family(name)
     if name not in family:
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
-    with SizeLimit():
+    with SizeLimit(name):
         return family[name](num_classes=num_classes, **model_args)
 
 
@@ -3154,9 +3156,8 @@ def largest_batch(run):
 
 # ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
 
-# between these is a flag's value, but for 0, whatever its own bounds
-SMALLEST = 1e-30
-LARGEST = {float: 1e9, int: 2**31 - 1}
+# the absolute value of a number is 0 or between these, if it has no upper bound of its own
+SMALLEST, LARGEST = 1e-30, {float: 1e9, int: 2**31 - 1}
 
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
@@ -3170,8 +3171,9 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        if value and not SMALLEST < abs(value) <= LARGEST[kind]:
-            raise argparse.ArgumentTypeError(f"{text} is too {'small' if abs(value) < 1 else 'large'}")
+        if min(high, below) == math.inf and value and not SMALLEST <= abs(value) <= LARGEST[kind]:
+            bound = f"small: 0, or from {SMALLEST:g}" if abs(value) < 1 else f"large: at most {LARGEST[kind]:g}"
+            raise argparse.ArgumentTypeError(f"{text} is too {bound}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type by it
@@ -3196,7 +3198,7 @@ def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
     if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
-        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K from 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
 
@@ -3207,6 +3209,7 @@ def at_least(low, kind=int):
 positive = number(above=0)
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
+seed = number(int, low=0, high=2**63 - 1)
 
 
 def is_own_class(value):
@@ -3270,12 +3273,14 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(HelpFormatter, max_help_position=30)
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
-        argv = command_line() if args is None else args
+    def parse_known_args(self, args=None, namespace=None):  # parse_intermixed_args calls it, too
+        argv = list(command_line() if args is None else args)
         for text in argv:
-            if re.fullmatch("--.+=--", text):  # argparse would make an empty list of it
+            if re.fullmatch("--[^=]+=--", text):  # argparse would make an empty list of it
                 self.error(f"argument {text[:-3]}: expected a value, not --")
-            if "\n" in text or "\0" in text or len(max(text.split("/"), key=len).encode()) > 255:  # no name of a file
+            value = text.partition("=")[2] if text.startswith("--") else text
+            longest = max(len(os.fsencode(part)) for part in value.split("/"))
+            if longest > 255 or set(text) & set("\n\r\0"):  # no name of a file
                 self.error(f"argument {text[:40]!r} is too long, or holds a line break")
         return super().parse_known_args(argv, namespace)
 
@@ -3349,7 +3354,7 @@ def add_data_flags(group, datasets):
     add("--train-per-class", type=at_least(1), metavar="N", help="train on only N images per class")
     add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
     add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
-    add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
+    add("--split-seed", type=seed, metavar="N", default=0, help="change it to draw other splits")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
     help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"
     add("--cache-gib", type=at_least(0, float), metavar="GIB", help=help_text)
@@ -3387,7 +3392,7 @@ def add_optimizer_flags(group):
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
     help_text = "check a new block: can it learn N training images by heart? Without augmentation and dropout"
     add("--overfit", type=at_least(1), metavar="N", help=help_text)
-    add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
+    add("--seed", type=seed, metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
     help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"
     add("--amp", choices=("auto", "bf16", "fp16", "tf32", "off"), default="auto", help=help_text)
@@ -4288,6 +4293,7 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
 FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
+LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
 
 
@@ -4328,38 +4334,38 @@ def is_taken(folder):
 
 
 def lock(folder):
-    """Keep other processes from writing to a run's folder until the file that is returned is closed, or this one ends.
+    """Refuse a run's folder to other processes until unlock(folder), or until this process ends.
 
-    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. None,
-    without a lock, where the system or the drive has none.
+    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. Does
+    nothing where the system or the drive has no locks.
     """
-    path = Path(os.path.abspath(folder))
+    path, file = Path(os.path.abspath(folder)), None
+    if path in LOCKS:
+        return
     try:
         import fcntl  # not on Windows
 
-        file = open(path.with_name(f".{path.name}.lock"), "a+")
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None
-        file.seek(0)
-        raise UserError(f"{folder}: another run writes to it ({file.read(100).strip()})") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        file = open(path.with_name(f".{path.name}.lock"), "a+b", buffering=0)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would inherit
+        LOCKS[path] = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except (ImportError, OSError) as error:
+        if file and path not in LOCKS and error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise UserError(f"{folder}: another run writes to it ({file.read(100).decode()})") from error
+
+
+def unlock(folder):
+    if file := LOCKS.pop(Path(os.path.abspath(folder)), None):
+        file.close()
 
 
 def prepare_folder(folder, *, resuming, start_log=None):
-    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains.
-
-    Returns the folder's lock.
-    """
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
     make_folder(folder)
-    held = lock(folder) if is_first_rank() else None
+    if is_first_rank():
+        lock(folder)
     old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if start_log:
         start_log()
@@ -4368,7 +4374,6 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
-    return held
 
 
 def finished_result(folder, *, skip_test):
@@ -4976,7 +4981,6 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
-        self.lock = None  # of the folder, held as long as this object lives
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -5010,8 +5014,7 @@ class Run:
             self.first_epoch = self.epoch
         if (self.args.log or self.args.log_steps) and is_first_rank():
             self.log = RunLog(self)
-        start_log = self.log and self.log.start
-        self.lock = prepare_folder(self.folder, resuming=checkpoint is not None, start_log=start_log)
+        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
         if self.args.log_steps and self.log:
             self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:
@@ -5043,10 +5046,15 @@ class Run:
         self.write()
         command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
-        if self.log:
-            self.log.close()
-        leave_ranks()
+        self.close()
         stop.end()
+
+    def close(self, last=None):
+        """Let go of the loggers, with `last` values for them, of the folder and of the other ranks."""
+        if self.log:
+            self.log.close(last)
+        unlock(self.folder)
+        leave_ranks()
 
     def out_of_patience(self):
         """Whether the last --patience epochs brought no better validation accuracy."""
@@ -5108,9 +5116,7 @@ class Run:
             result = write_result(self, test_accuracy=None)
             print(accuracy_text(result))
             print(f"open the test set: python {self.script} --resume {folder}{self.attention_again}")
-            if self.log:
-                self.log.close()
-            leave_ranks()
+            self.close()
             return result
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
@@ -5136,8 +5142,6 @@ class Run:
             updates = self.schedule.last_epoch / batches_per_step(self.args.accumulate, 0)
             if (initial := self.args.model_ema_decay**updates) > 0.01:
                 print(f"warning: the average still has {initial:.0%} of the first weights: lower --model-ema-decay")
-        if self.log:
-            self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
@@ -5146,7 +5150,7 @@ class Run:
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
         print(f"draw {where} {folder}{self.attention_again}")
-        leave_ranks()
+        self.close({"final_test_accuracy": test_accuracy})
         return result
 
 

@@ -111,10 +111,11 @@ def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
         record = json.loads(path.read_text())
-        pairs = [pair for row in record["scores"].values() for pair in row.values()]
-        whole = all(isinstance(record.get(rows, {}), dict) for rows in ("curves", "values"))
-        return record if whole and all(len(pair) == 2 for pair in pairs) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        scores_text(record["scores"])
+        for row in [*record.get("curves", {}).values(), *record.get("values", {}).values()]:
+            iter(row)
+        return record
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
 
 

@@ -18,6 +18,7 @@ from training.checkpoint import load_checkpoint, rebuild_model
 
 MOST = 10_000  # images of each set
 NEIGHBOURS = 5  # Naeem et al. 2020
+EVALUATION = ("quality.json", "nearest.png")  # what measure_quality writes
 PAIRS = 50  # generated images shown beside their nearest training image
 
 
@@ -32,8 +33,10 @@ def open_classifier(args, classes, device, *, count):
         raise UserError(f"--classifier {args.classifier}: its classes are {', '.join(checkpoint['classes'])}")
     model = rebuild_model(checkpoint, build_model).to(device)
     dataset = checkpoint_dataset(checkpoint, data_dir=args.data_dir, cache_dir=args.cache_dir)
-    if min(count, len(dataset.train.labels), len(dataset.test.labels)) <= NEIGHBOURS + 1:
-        raise UserError(f"--classifier needs at least {NEIGHBOURS + 2} generated, training and test images")
+    counts = {"generated": count, "training": len(dataset.train.labels), "test": len(dataset.test.labels)}
+    for what, number in counts.items():
+        if number < NEIGHBOURS + 2:
+            raise UserError(f"--classifier: {number} {what} images are too few; it needs {NEIGHBOURS + 2}")
     return checkpoint, model, dataset
 
 

@@ -28,7 +28,7 @@ def read_evaluations(names):
                 key = record["model"], record["dataset_name"]
                 same = record["ranked_by"], record["split"], record["images"]
                 groups.setdefault(key, []).append(record)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file} is no evaluation.json of rollout.py or attribute.py --evaluate") from error
             if images.setdefault(key, same) != same:
                 raise UserError(f"--maps: the evaluations of {' on '.join(key)} are not of the same images")
@@ -58,7 +58,7 @@ def mean_and_intervals(arrays):
         both.append(((rest**2).sum() / freedom / array.size, freedom))
     sums = [sum(v for v, _ in terms) for terms in (over_images, over_seeds, both)]
     variance = max(sums[0] + sums[1] - sums[2], sums[0], sums[1])
-    t = len(arrays) * abs(mean) / math.sqrt(variance) if variance else math.inf * bool(mean)
+    t = len(arrays) * abs(mean) / math.sqrt(variance) if variance else math.inf
     p_value = 2 * student.sf(t, freedom_of(variance, over_images + over_seeds + both)) if mean else 1.0
     return mean, half_interval(over_images), half_interval(over_seeds), p_value
 
@@ -98,7 +98,7 @@ def ranking_text(names, layout=aligned):
     rows = [["", ranked_by, "± images", "± seeds", "above the next", "p", *measured]]
     by_group = [[ranked_by, *map(", ".join, groups)]]
     for name, following in zip(order, [*order[1:], None], strict=True):
-        differences = [a - b for a, b in zip(arrays[name], arrays[following])] if following else None
+        differences = [a - b for a, b in zip(arrays[name], arrays[following], strict=True)] if following else None
         difference, _, _, p_value = mean_and_intervals(differences) if following else [None] * 4
         numbers = [*found[name][:3], difference]
         cells = ["-" if number is None else f"{number:.3f}" for number in numbers]

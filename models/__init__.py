@@ -48,30 +48,32 @@ def model_family(name):
 
 
 class SizeLimit(TorchDispatchMode):
-    """While it is entered, new tensors (float32) that take more than half of the memory are refused, unallocated."""
+    """Refuses new float32 tensors once they would fill half of the memory: Linux kills a process that fills it."""
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        known = hasattr(os, "sysconf")  # not on Windows
-        self.limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else math.inf
-        self.taken = 0
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else -1  # Windows has none
+        self.limit = pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages > 0 else math.inf
+        self.name, self.taken = name, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if args and isinstance(args[0], (list, tuple)) and all(isinstance(side, int) for side in args[0]):
             self.taken += 4 * math.prod(args[0])
             if self.taken > self.limit:
-                raise UserError(f"the model's weights take more than {self.limit / 2**30:.0f} GiB, half of the memory")
+                raise UserError(
+                    f"{self.name}: half of the memory, {self.limit / 2**30:.0f} GiB, cannot hold its weights"
+                )
         return function(*args, **(kwargs or {}))
 
 
 def build_model(name, num_classes=10, **model_args):
     """The model `name`, freshly initialised; model_args are keyword arguments of its constructor.
 
-    Raises UserError for an unknown name or an invalid argument, or if its weights take more than half of the memory.
+    Raises UserError for an unknown name or an invalid argument, or weights that half of the memory does not hold.
     """
     family = model_family(name)
     if name not in family:
         known = [*map(model_family, ("vit", "vit_b_16", "cct_", "cct_nano", "resnet", "xresnet"))]
         raise UserError(f"unknown model {name!r}: choose from {', '.join(name for names in known for name in names)}")
-    with SizeLimit():
+    with SizeLimit(name):
         return family[name](num_classes=num_classes, **model_args)

@@ -65,9 +65,9 @@ class Ddpm(nn.Module):
 
     Three levels of width, 2 x width and 2 x width channels at S, S / 2 and S / 4 pixels, with `depth` blocks each, and
     attention at S / 2. As in Ho et al. 2020, who have four levels and a width of 128 for CIFAR-10; the class is added
-    to the time. The last layer gives v = √ᾱ noise - √(1 - ᾱ) image (Salimans & Ho 2022): in almost pure noise, a small
-    error of the noise itself would be a large one of the image. Raises UserError for an image size that 4 does not
-    divide, or a width that 8 does not.
+    to the time. The last layer predicts v = √ᾱ noise - √(1 - ᾱ) image (Salimans & Ho 2022), from which forward computes
+    the noise: where an image is almost pure noise, a small error of a directly predicted noise would be a large error
+    of the image. Raises UserError for an image size that 4 does not divide, or a width that 8 does not.
     """
 
     no_weight_decay = ()
@@ -120,11 +120,12 @@ class Ddpm(nn.Module):
                 x = module(torch.cat([x, kept.pop()], dim=1), emb)
             else:
                 x = module(interpolate(x, scale_factor=2.0))
-        v, share = self.velocity(silu(self.norm(x))), self.shares[times][:, None, None, None]
-        return (1 - share).sqrt() * images + share.sqrt() * v  # (B, 3, S, S)
+        v = self.velocity(silu(self.norm(x)))  # (B, 3, S, S)
+        share = self.shares[times][:, None, None, None]  # (B, 1, 1, 1)
+        return (1 - share).sqrt() * images + share.sqrt() * v  # the noise, which loss and sampler expect
 
     def generate(self, labels, draw, *, steps=50, eta=0.0, guidance=2.0):
-        """Images (B, 3, S, S) of labels (B,), as yielded by denoise, in `steps` steps; draw(shape) is normal noise.
+        """Images (B, 3, S, S) of labels (B,), as yielded by denoise; draw(shape) is normal noise.
 
         guidance moves the noise away from that of no class: 1 leaves it as predicted, 0 leaves the class out.
         """
@@ -138,5 +139,5 @@ class Ddpm(nn.Module):
             return without.lerp(with_class, guidance)
 
         shares, more = self.shares.tolist(), partial(draw, self.shape)
-        times = torch.linspace(len(shares) - 1, 0, steps).round().int().tolist()
+        times = torch.linspace(len(shares) - 1, 0, min(steps, len(shares))).round().int().tolist()
         yield from denoise(predict, more(), shares=shares, times=times, eta=eta, draw=more)

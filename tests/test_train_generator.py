@@ -163,7 +163,10 @@ def test_what_generate_refuses(ddpm, flags, folder_flags, tmp_path):
         ([ddpm, "--class", "lion"], "--class lion: the classes are ant, bee, cat"),
         ([ddpm, "--out", tmp_path / "full"], "full: it is not empty; name another folder"),
         ([ddpm, "--classifier", tmp_path / "runs" / "ddpm"], "ddpm generates images: use generate.py"),
-        ([ddpm, "--classifier", tmp_path / "runs" / "vit", "--per-class", "2"], "needs at least 7 generated, training"),
+        (
+            [ddpm, "--classifier", tmp_path / "runs" / "vit", "--per-class", "2"],
+            "6 generated images are too few; it needs 7",
+        ),
         ([ddpm, "--animate", "noise.png"], "--animate noise.png: its name must end in .gif"),
         ([tmp_path / "runs" / "acgan", "--animate", "x.gif"], "--animate x.gif: this is for a ddpm; acgan"),
         ([tmp_path / "runs" / "vit"], "vit classifies images: use predict.py"),

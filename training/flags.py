@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import os
 import re
 from functools import partial
 
 from errors import UserError, command_line
-from training.values import at_least, epoch_and_count, fraction, number, pixels, positive, probability
+from training.values import at_least, epoch_and_count, fraction, number, pixels, positive, probability, seed
 
 # what --help shows; --help-all shows every flag
 ESSENTIAL = {
@@ -52,12 +53,14 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(HelpFormatter, max_help_position=30)
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
-        argv = command_line() if args is None else args
+    def parse_known_args(self, args=None, namespace=None):  # parse_intermixed_args calls it, too
+        argv = list(command_line() if args is None else args)
         for text in argv:
-            if re.fullmatch("--.+=--", text):  # argparse would make an empty list of it
+            if re.fullmatch("--[^=]+=--", text):  # argparse would make an empty list of it
                 self.error(f"argument {text[:-3]}: expected a value, not --")
-            if "\n" in text or "\0" in text or len(max(text.split("/"), key=len).encode()) > 255:  # no name of a file
+            value = text.partition("=")[2] if text.startswith("--") else text
+            longest = max(len(os.fsencode(part)) for part in value.split("/"))
+            if longest > 255 or set(text) & set("\n\r\0"):  # no name of a file
                 self.error(f"argument {text[:40]!r} is too long, or holds a line break")
         return super().parse_known_args(argv, namespace)
 
@@ -131,7 +134,7 @@ def add_data_flags(group, datasets):
     add("--train-per-class", type=at_least(1), metavar="N", help="train on only N images per class")
     add("--group-by", metavar="REGEX", help="files in which it finds the same text are kept in one split")
     add("--folds", type=at_least(2), metavar="K", help="cross-validate: test on fold number SEED mod K of a folder")
-    add("--split-seed", type=at_least(0), metavar="N", default=0, help="change it to draw other splits")
+    add("--split-seed", type=seed, metavar="N", default=0, help="change it to draw other splits")
     add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
     help_text = "memory for large images; less if the machine swaps (default: a quarter of what is free)"
     add("--cache-gib", type=at_least(0, float), metavar="GIB", help=help_text)
@@ -169,7 +172,7 @@ def add_optimizer_flags(group):
     add("--opt", choices=("sgd", "adam", "adamw", "muon"), default="adamw", metavar="NAME", help=help_text)
     help_text = "check a new block: can it learn N training images by heart? Without augmentation and dropout"
     add("--overfit", type=at_least(1), metavar="N", help=help_text)
-    add("--seed", type=at_least(0), metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
+    add("--seed", type=seed, metavar="N", default=0, help="seed of weights, order, augmentation and dropout")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first available)")
     help_text = "mixed precision; auto takes the type that the device is fast at, off is float32"
     add("--amp", choices=("auto", "bf16", "fp16", "tf32", "off"), default="auto", help=help_text)

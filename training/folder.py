@@ -19,6 +19,7 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
 FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
+LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
 
 
@@ -59,38 +60,38 @@ def is_taken(folder):
 
 
 def lock(folder):
-    """Keep other processes from writing to a run's folder until the file that is returned is closed, or this one ends.
+    """Refuse a run's folder to other processes until unlock(folder), or until this process ends.
 
-    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. None,
-    without a lock, where the system or the drive has none.
+    The lock is on a hidden file beside the folder. Raises UserError, with the holder, if another process has it. Does
+    nothing where the system or the drive has no locks.
     """
-    path = Path(os.path.abspath(folder))
+    path, file = Path(os.path.abspath(folder)), None
+    if path in LOCKS:
+        return
     try:
         import fcntl  # not on Windows
 
-        file = open(path.with_name(f".{path.name}.lock"), "a+")
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None
-        file.seek(0)
-        raise UserError(f"{folder}: another run writes to it ({file.read(100).strip()})") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        file = open(path.with_name(f".{path.name}.lock"), "a+b", buffering=0)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would inherit
+        LOCKS[path] = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except (ImportError, OSError) as error:
+        if file and path not in LOCKS and error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise UserError(f"{folder}: another run writes to it ({file.read(100).decode()})") from error
+
+
+def unlock(folder):
+    if file := LOCKS.pop(Path(os.path.abspath(folder)), None):
+        file.close()
 
 
 def prepare_folder(folder, *, resuming, start_log=None):
-    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains.
-
-    Returns the folder's lock.
-    """
+    """Make the run's folder, call start_log(), and then remove a run to be replaced; if that raises, it remains."""
     make_folder(folder)
-    held = lock(folder) if is_first_rank() else None
+    if is_first_rank():
+        lock(folder)
     old = [] if resuming or not is_first_rank() else [path for pattern in WRITTEN for path in folder.glob(pattern)]
     if start_log:
         start_log()
@@ -99,7 +100,6 @@ def prepare_folder(folder, *, resuming, start_log=None):
     for below in (folder / "maps", folder / "predict", folder / "tensorboard"):
         if old and below.is_dir() and not any(below.iterdir()):
             below.rmdir()
-    return held
 
 
 def finished_result(folder, *, skip_test):

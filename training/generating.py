@@ -13,7 +13,7 @@ from errors import UserError
 from files import is_first_rank, write_atomically
 from seeding import seed_for
 from training.outputs import accuracy_text, write_result
-from training.ranks import leave_ranks, same_buffers
+from training.ranks import same_buffers
 
 RECORD = "generated.json"
 SHEET = (10, 8)  # at most so many classes, and images of each
@@ -94,11 +94,9 @@ def finish_generator(run):
     losses = {name: run.history[-1][name] for name in ("train_loss", "val_loss")}
     result = write_result(run, **losses)
     print(accuracy_text(result))
-    if run.log:
-        run.log.close()
     print(*(f"  {path}" for path in sorted(run.folder.iterdir())), sep="\n")
-    print(f"write images: python generate.py {run.folder} --per-class 100 --out generated")
-    leave_ranks()
+    print(f"write images: python generate.py {run.folder} --per-class 100 --out datasets/generated")
+    run.close()
     return result
 
 

@@ -19,7 +19,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.device import peak_memory_bytes
-from training.folder import prepare_folder
+from training.folder import prepare_folder, unlock
 from training.loop import batches_per_step, loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
@@ -62,7 +62,6 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
-        self.lock = None  # of the folder, held as long as this object lives
         self.unwritten = {}  # checkpoints by the names of their files
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
@@ -98,8 +97,7 @@ class Run:
             from training.loggers import RunLog  # only if it is asked for
 
             self.log = RunLog(self)
-        start_log = self.log and self.log.start
-        self.lock = prepare_folder(self.folder, resuming=checkpoint is not None, start_log=start_log)
+        prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
         if self.args.log_steps and self.log:
             self.log.cut_steps()
         if self.args.dataset == "folder" or self.args.val_fraction:
@@ -131,10 +129,15 @@ class Run:
         self.write()
         command = f"python {self.script} --resume {self.folder}{self.attention_again}"
         print(f"stopped {position(self.epoch, self.sums['step'])}; to resume: {command}")
-        if self.log:
-            self.log.close()
-        leave_ranks()
+        self.close()
         stop.end()
+
+    def close(self, last=None):
+        """Let go of the loggers, with `last` values for them, of the folder and of the other ranks."""
+        if self.log:
+            self.log.close(last)
+        unlock(self.folder)
+        leave_ranks()
 
     def out_of_patience(self):
         """Whether the last --patience epochs brought no better validation accuracy."""
@@ -196,9 +199,7 @@ class Run:
             result = write_result(self, test_accuracy=None)
             print(accuracy_text(result))
             print(f"open the test set: python {self.script} --resume {folder}{self.attention_again}")
-            if self.log:
-                self.log.close()
-            leave_ranks()
+            self.close()
             return result
         _, test_accuracy, logits = validate(model=model, batches=test, precision=self.precision)
         write_predictions(folder / "predictions.npz", logits, self.dataset)
@@ -224,8 +225,6 @@ class Run:
             updates = self.schedule.last_epoch / batches_per_step(self.args.accumulate, 0)
             if (initial := self.args.model_ema_decay**updates) > 0.01:
                 print(f"warning: the average still has {initial:.0%} of the first weights: lower --model-ema-decay")
-        if self.log:
-            self.log.close({"final_test_accuracy": test_accuracy})
         if at_best_val is not None:
             print(f"test accuracy {at_best_val:.2%} at the best validation accuracy")
         if result["best_on_test"] is not None and not self.args.overfit:
@@ -234,7 +233,7 @@ class Run:
         drawn = self.args.attention not in WITHOUT_MAPS
         where = "its attention maps: python rollout.py" if drawn else "which pixels it looks at: python attribute.py"
         print(f"draw {where} {folder}{self.attention_again}")
-        leave_ranks()
+        self.close({"final_test_accuracy": test_accuracy})
         return result
 
 

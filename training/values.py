@@ -4,9 +4,8 @@ import argparse
 import math
 import re
 
-# between these is a flag's value, but for 0, whatever its own bounds
-SMALLEST = 1e-30
-LARGEST = {float: 1e9, int: 2**31 - 1}
+# the absolute value of a number is 0 or between these, if it has no upper bound of its own
+SMALLEST, LARGEST = 1e-30, {float: 1e9, int: 2**31 - 1}
 
 
 def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf, optional=False):
@@ -20,8 +19,9 @@ def number(kind=float, *, low=-math.inf, high=math.inf, above=-math.inf, below=m
         value = kind(text)
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        if value and not SMALLEST < abs(value) <= LARGEST[kind]:
-            raise argparse.ArgumentTypeError(f"{text} is too {'small' if abs(value) < 1 else 'large'}")
+        if min(high, below) == math.inf and value and not SMALLEST <= abs(value) <= LARGEST[kind]:
+            bound = f"small: 0, or from {SMALLEST:g}" if abs(value) < 1 else f"large: at most {LARGEST[kind]:g}"
+            raise argparse.ArgumentTypeError(f"{text} is too {bound}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type by it
@@ -46,7 +46,7 @@ def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
     epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
     if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
-        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K from 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
 
@@ -57,6 +57,7 @@ def at_least(low, kind=int):
 positive = number(above=0)
 fraction = number(low=0, below=1)
 probability = number(low=0, high=1)
+seed = number(int, low=0, high=2**63 - 1)
 
 
 def is_own_class(value):

@@ -2,7 +2,6 @@
 
 import importlib
 import signal
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -16,7 +15,25 @@ from training.run import Run
 
 SECONDS = 10
 VALUES = [
-    *("--", "", " ", "-1", "0", "1", "2", "0.5", "1.5", "banana", "none", "ünï🎈", "a\nb", "a\0b", "x" * 5000),
+    *(
+        "--",
+        "",
+        " ",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "0.5",
+        "1.5",
+        "banana",
+        "none",
+        "ünï🎈",
+        "a\nb",
+        "a\0b",
+        "a\rb",
+        "caf\udce9",
+        "x" * 5000,
+    ),
     *("nan", "inf", "-inf", "1e308", "1e-308", "1e-45", "2147483648", "99999999999999999999", "1e400", "0x10", "1_0"),
     *("/dev/zero", "..", "a/b", "-", "*", "%s", "{}"),
 ]
@@ -124,7 +141,6 @@ def check(script, values, folder, monkeypatch):
         found[" ".join(argv)] = outcome(importlib.import_module(script).main, argv)
     assert {argv: said for argv, said in found.items() if said not in ("refused", "ran")} == {}
     assert next(iter(found.values())) == "ran"
-    print(script, dict(Counter(found.values())))
 
 
 @pytest.mark.parametrize("script", [*SMALL, *OTHERS])
@@ -138,6 +154,10 @@ def test_all_absurd_values_are_one_line_or_run(script, folder, monkeypatch):
     check(script, lambda number: VALUES, folder, monkeypatch)
 
 
-def test_a_model_that_no_memory_holds_is_refused_before_it_is_allocated():
-    with pytest.raises(UserError, match="the model's weights take more than .* GiB, half of the memory"):
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_allocated(monkeypatch):
+    with pytest.raises(UserError, match="vit: half of the memory, .* GiB, cannot hold its weights"):
         build_model("vit", embed_dim=1_000_000, num_heads=1)
+    build_model("vit", embed_dim=96, depth=4)
+    monkeypatch.setattr("models.os.sysconf", lambda name: 1024)  # a MiB; each layer takes less
+    with pytest.raises(UserError, match="vit: half of the memory"):
+        build_model("vit", embed_dim=96, depth=4)

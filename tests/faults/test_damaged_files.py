@@ -11,7 +11,10 @@ from maps.commands import read_table
 JSON = ["", "{", "[]", "3", "null", "{}", '{"scores": 3}', '{"test_accuracy": "high"}', "\0", "é" * 10]
 
 
-@pytest.mark.parametrize("text", [*JSON, '{"scores": {"a": {"b": 3}}}', '{"scores": {}, "values": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [*JSON[:-2], '{"scores": {"a": {"b": 3}}}', '{"scores": {"a": {"b": "xy"}}}', '{"scores": {}, "curves": {"a": 3}}'],
+)
 def test_a_damaged_evaluation_is_replaced(text, tmp_path):
     (tmp_path / "evaluation.json").write_text(text, encoding="latin-1")
     assert read_table(tmp_path / "evaluation.json") is None

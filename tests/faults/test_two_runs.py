@@ -10,6 +10,9 @@ from conftest import REPOSITORY
 
 import train_vit
 from errors import UserError
+from training.folder import lock, unlock
+
+pytest.importorskip("fcntl")  # Windows has no such locks
 
 
 def test_a_folder_belongs_to_one_run_until_that_dies(folder_flags, tmp_path, capsys):
@@ -27,6 +30,22 @@ def test_a_folder_belongs_to_one_run_until_that_dies(folder_flags, tmp_path, cap
         first.kill()
         first.wait()
     capsys.readouterr()
-    for _ in range(2):  # the second time this process has the lock, as in a notebook
-        train_vit.main([*flags, "--resume", "auto", "--minutes", "0.001"])
-        assert re.search(r"last(.prev)?.pt: vit .*\n(.*\n)*stopped ", capsys.readouterr().out)
+    train_vit.main([*flags, "--resume", "auto", "--minutes", "0.001"])
+    assert re.search(r"last(.prev)?.pt: vit .*\n(.*\n)*stopped ", capsys.readouterr().out)
+
+
+def test_a_process_keeps_a_folder_through_several_runs(tmp_path):
+    """As in a notebook, which also goes on with a run of its own that ended in an exception."""
+    from_elsewhere = f"from training.folder import lock; lock({str(tmp_path / 'run')!r})"
+
+    def refused():
+        command = [sys.executable, "-c", from_elsewhere]
+        return (
+            "another run writes to it" in subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stderr
+        )
+
+    for _ in range(2):
+        lock(tmp_path / "run")
+        assert refused()
+    unlock(tmp_path / "run")
+    assert not refused()

@@ -74,10 +74,12 @@ def test_evaluations_that_cannot_be_ranked_are_named(tmp_path):
     write(tmp_path / "b", "one", values)
     write(tmp_path / "b", "two", values, dataset="cifar10", ranked_by="saco")
     (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "e.json").write_text("[]")
     for name, message in {
         "a": "vit on shapes are not of the same images",
         "b": "pointing ranks methods where there are masks, saco elsewhere",
         "c.json": "c.json is no evaluation.json of rollout.py",
+        "e.json": "e.json is no evaluation.json of rollout.py",
         "d": "name runs with an evaluation",
     }.items():
         with pytest.raises(UserError, match=message):
