@@ -87,11 +87,11 @@ from tqdm.auto import tqdm
 class UserError(ValueError):
     """A mistake that the user can correct: one line that names the flag or file, its value, and what would be right.
 
-    Line breaks in the message become spaces, and of a very long one the middle is left out.
+    Line breaks become spaces, what cannot be printed is escaped, and of a very long message the middle is left out.
     """
 
     def __init__(self, message):
-        line = " ".join(str(message).splitlines())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).splitlines()))
         super().__init__(line if len(line) <= 1000 else f"{line[:500]} ... {line[-400:]}")
 
     def _render_traceback_(self):
