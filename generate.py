@@ -24,7 +24,7 @@ from maps.quality import EVALUATION, measure_quality, open_classifier, quality_t
 from training.checkpoint import checkpoint_file
 from training.device import Precision
 from training.generating import RECORD, as_sheet, generated_images, leave_out, read_record
-from training.values import at_least
+from training.values import at_least, seed
 from training.weights import weights_hash
 
 FRAMES = 20  # of an animation
@@ -37,7 +37,7 @@ def generate_parser():
     add("--per-class", type=at_least(1), metavar="N", help="images per class (default: 100)")
     add("--class", dest="classes", nargs="+", metavar="CLASS", help="write only these classes (default: all)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: generated in the run's folder)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="change it for other images")
+    add("--seed", type=seed, default=0, metavar="N", help="change it for other images")
     add("--batch-size", type=at_least(1), default=100, metavar="N", help="lower it if memory runs out")
     add("--animate", type=Path, metavar="FILE.gif", help="draw four images of each class as they emerge from noise")
     add("--classifier", type=Path, metavar="RUN", help="evaluate the images with this run, of the same classes")

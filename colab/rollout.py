@@ -2219,7 +2219,7 @@ def read_extra(root, classes, like):
     large ones, which training crops.
     """
     if not torch.is_tensor(like):
-        raise UserError(f"--extra-data {root}: generated images can only be mixed with images of up to 64 pixels")
+        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
     names = subfolders(Path(root))
     if not names or set(names) - set(classes):
         raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")
@@ -3501,6 +3501,7 @@ def caption_of(explained, probabilities, classes):
 
 # ---- maps/commands.py: What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint.
 
+ROWS = {"scores": dict[str, dict[str, list[float | int]]], "curves": dict[str, dict], "values": dict[str, list]}
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
@@ -3593,12 +3594,10 @@ def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
         record = json.loads(path.read_text())
-        scores_text(record["scores"])
-        for row in [*record.get("curves", {}).values(), *record.get("values", {}).values()]:
-            iter(row)
-        return record
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (OSError, ValueError):
         return None
+    whole = is_of_kind(record, dict[str, object]) and "scores" in record
+    return record if whole and all(is_of_kind(record.get(name, {}), kind) for name, kind in ROWS.items()) else None
 
 
 def with_earlier_rows(path, record):
@@ -3609,7 +3608,7 @@ def with_earlier_rows(path, record):
     if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
         print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
         return record
-    return record | {rows: before.get(rows, {}) | record[rows] for rows in ("scores", "curves", "values")}
+    return record | {rows: before.get(rows, {}) | record[rows] for rows in ROWS}
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):

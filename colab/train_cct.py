@@ -2104,7 +2104,7 @@ def read_extra(root, classes, like):
     large ones, which training crops.
     """
     if not torch.is_tensor(like):
-        raise UserError(f"--extra-data {root}: generated images can only be mixed with images of up to 64 pixels")
+        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
     names = subfolders(Path(root))
     if not names or set(names) - set(classes):
         raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")
@@ -3196,9 +3196,9 @@ def as_epoch_and_count(text):
 
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
-    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
-    if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
-        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K from 1, not {text}")
+    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d{1,9}:)?\d{1,9}", text) else (0, 0)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
 
@@ -4293,8 +4293,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
 FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
-LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
+LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 
 
 def choose_folder(given, *, default_name, default_dir):

@@ -13,12 +13,13 @@ from maps.evaluate import baselines, evaluate, mean_and_error
 from maps.images import checkpoint_dataset, chosen_images, find_split, images_at, normalised, object_masks, photographs
 from maps.randomise import NOTE, layers_from_the_head, learnt_nothing
 from models import build_model
-from training.checkpoint import checkpoint_file, load_checkpoint, rebuild_model
+from training.checkpoint import checkpoint_file, is_of_kind, load_checkpoint, rebuild_model
 from training.device import Precision, is_memory_error, pick_device
 from training.flags import Parser
 from training.values import at_least, number
 from training.weights import weights_hash
 
+ROWS = {"scores": dict[str, dict[str, list[float | int]]], "curves": dict[str, dict], "values": dict[str, list]}
 SAME_EVALUATION = ("weights_hash", "data_hash", "split", "images")  # if these agree, tables are merged
 
 
@@ -111,12 +112,10 @@ def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
         record = json.loads(path.read_text())
-        scores_text(record["scores"])
-        for row in [*record.get("curves", {}).values(), *record.get("values", {}).values()]:
-            iter(row)
-        return record
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (OSError, ValueError):
         return None
+    whole = is_of_kind(record, dict[str, object]) and "scores" in record
+    return record if whole and all(is_of_kind(record.get(name, {}), kind) for name, kind in ROWS.items()) else None
 
 
 def with_earlier_rows(path, record):
@@ -127,7 +126,7 @@ def with_earlier_rows(path, record):
     if different := [key for key in SAME_EVALUATION if before.get(key) != record[key]]:
         print(f"{path}: its rows have another {' and '.join(different).replace('_', ' ')} and are dropped")
         return record
-    return record | {rows: before.get(rows, {}) | record[rows] for rows in ("scores", "curves", "values")}
+    return record | {rows: before.get(rows, {}) | record[rows] for rows in ROWS}
 
 
 def evaluate_checkpoint(args, checkpoint, model, dataset, explainers, out):

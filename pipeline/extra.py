@@ -19,7 +19,7 @@ def read_extra(root, classes, like):
     large ones, which training crops.
     """
     if not torch.is_tensor(like):
-        raise UserError(f"--extra-data {root}: generated images can only be mixed with images of up to 64 pixels")
+        raise UserError(f"{root}: generated images can only be mixed with images of up to 64 pixels")
     names = subfolders(Path(root))
     if not names or set(names) - set(classes):
         raise UserError(f"{root} must hold folders named after classes of the dataset: {', '.join(classes)}")

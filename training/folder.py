@@ -19,8 +19,8 @@ MADE_OF_WEIGHTS = (  # what other commands make of the weights that are replaced
 )
 LOGS = ("log.csv", "steps.csv", "tensorboard/events.*")
 FILES = ("curves.png", "samples.png", "predictions.npz", "split.csv", "result.json")
-LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 WRITTEN = (*CHECKPOINTS, *MADE_OF_WEIGHTS, *LOGS, *FILES)
+LOCKS = {}  # {folder: file} of this process: closing any file of a folder would end the lock
 
 
 def choose_folder(given, *, default_name, default_dir):

@@ -44,9 +44,9 @@ def as_epoch_and_count(text):
 
 def epoch_and_count(text):
     """A flag's type: a value of --accumulate, as it is written shortest."""
-    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d+:)?\d+", text) else (0, 0)
-    if not 1 <= count <= LARGEST[int] or epoch > LARGEST[int]:
-        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K from 1, not {text}")
+    epoch, count = as_epoch_and_count(text) if re.fullmatch(r"(\d{1,9}:)?\d{1,9}", text) else (0, 0)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be K or EPOCH:K with K at least 1, not {text}")
     return f"{epoch}:{count}" if epoch else str(count)
 
 

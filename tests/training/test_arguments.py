@@ -49,7 +49,7 @@ def test_flags_that_exclude_a_scaled_rate_are_named(other):
 
 @pytest.mark.parametrize("value", ["0", "3:-2", "3:", "a", "1.5"])
 def test_an_accumulation_that_is_none_is_refused(value):
-    with pytest.raises(UserError, match=f"--accumulate: must be K or EPOCH:K with K from 1, not {value}"):
+    with pytest.raises(UserError, match=f"--accumulate: must be K or EPOCH:K with K at least 1, not {value}"):
         arguments(train_vit, "--accumulate", value)
 
 
