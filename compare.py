@@ -25,7 +25,7 @@ from files import write_atomically
 from maps.ranking import ranking_text
 from training.flags import Parser
 
-TABLE_START = re.compile(r"<!-- (table|comparison|speed|maps): (\S+?)( by val)? -->\n")
+TABLE_START = re.compile(r"<!-- (table|comparison|speed|faults|maps): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
 
 
@@ -40,7 +40,8 @@ def compare_parser():
     add("--maps", action="store_true", help="rank methods over the evaluations of these runs, or in these folders")
     add("--score", action="store_true", help="score runs by (test accuracy - 70) / millions of parameters * 100")
     help_text = "fill in this Markdown file: <!-- table: PLAN.toml [by val] -->, <!-- comparison: PLAN.toml --> (with"
-    help_text += f" its differences), <!-- speed: NAME --> or <!-- maps: FOLDER --> to {TABLE_END}"
+    help_text += " its differences), <!-- speed: NAME -->, <!-- faults: NAME --> or <!-- maps: FOLDER --> to "
+    help_text += TABLE_END
     add("--readme", metavar="FILE", help=help_text)
     add("--results", metavar="DIR", default="results", help="where the results are")
     return parser
@@ -69,8 +70,8 @@ def filled_tables(text, results):
         _, end, after = part.partition(TABLE_END)
         if not end:
             raise UserError(f"{start} is not followed by {TABLE_END}")
-        if kind == "speed":
-            table = speed_text(Path(results) / "speed" / f"{name}.json")
+        if kind in ("speed", "faults"):
+            table = speed_text(Path(results) / kind / f"{name}.json")
         elif kind == "maps":
             table = ranking_text([name], markdown)
         else:

@@ -17,7 +17,7 @@ RESULT_KEYS = {  # the keys of a result that this folder uses, with their types
     **dict.fromkeys(("test_accuracy", "val_accuracy"), (int, float, type(None))),
     **{"args": dict, "seconds": (int, float)},
 }
-OTHER_RESULTS = ("maps", "quality", "speed")  # folders of results/ that hold no runs
+OTHER_RESULTS = ("faults", "maps", "quality", "speed")  # folders of results/ that hold no runs
 
 
 class MeasuredRun(NamedTuple):

@@ -37,6 +37,15 @@ def cost_rows(results):
     return rows
 
 
+def fault_rows(faults):
+    """How often each fault was tried, and the largest of each thing that was measured then."""
+    rows = [["what happens", "times", "measured, at most"]]
+    for what, found in faults.items():
+        measured = ", ".join(f"{name} {value:g}" for name, value in found.items() if name != "times")
+        rows.append([what, f"{found['times']:,}", measured])
+    return rows
+
+
 def speed_text(path):
     """The machine and the tables of a benchmark's JSON file. Raises UserError if the file is something else."""
     path = Path(path)
@@ -45,6 +54,8 @@ def speed_text(path):
     try:
         results = json.loads(path.read_text())
         text = f"{results['device']}, {results['threads']} CPU threads, torch {results['torch']}"
+        if "faults" in results:
+            return f"{text}, {results['seconds'] / 60:.0f} minutes:\n\n{markdown(fault_rows(results['faults']))}"
         if peaks := results.get("peak_gflops"):
             text += "; matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
         text += f":\n\n{markdown(ratio_rows(results['images_per_second']))}"

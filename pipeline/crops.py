@@ -182,9 +182,15 @@ def batches_by_workers(crops, device, workers):
 
     def stream(keys):
         pending[:] = keys
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            advice = "if memory was used up, fewer --workers take less"
+            raise UserError(f"one of the {workers} --workers that decode images was killed; {advice}") from error
 
     return stream

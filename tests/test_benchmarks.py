@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, export, peers, train
+from benchmarks import augment, export, faults, peers, train
 from benchmarks.turns import take_turns
+from errors import UserError
 from experiments.speed import speed_text
 from models import build_model
 
@@ -76,6 +77,25 @@ def test_training_steps_beside_the_peers(model, ways, tmp_path, capsys, monkeypa
     assert 0 < results["data_share"][model] < 1
     assert gflop == pytest.approx({"vit": 1.308, "cct_6_3x1": 6.07, "cct_2_3x2": 0.2, "resnet18": 3.33}[model], rel=0.1)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_faults_are_summed_up(tmp_path, capsys, monkeypatch):
+    (tmp_path / "tests" / "faults").mkdir(parents=True)
+    test = """def test_faults():
+        import json, os
+        for seconds in (1, 2.5):
+            with open(os.environ["FAULTS_LOG"], "a") as file:
+                print(json.dumps({"what": "kill", "count": 500, "seconds": seconds}), file=file)
+        assert True
+    """
+    (tmp_path / "tests" / "faults" / "test_one.py").write_text(test)
+    monkeypatch.chdir(tmp_path)
+    faults.main(["--out", "faults.json"])
+    assert capsys.readouterr().out.split() == ["1,000", "kill", "seconds", "2.5"]
+    assert speed_text("faults.json").splitlines()[-1] == "| kill | 1,000 | seconds 2.5 |"
+    (tmp_path / "tests" / "faults" / "test_one.py").write_text(test.replace("True", "False"))
+    with pytest.raises(UserError, match="a test of tests/faults failed"):
+        faults.main([])
 
 
 def test_memory_is_that_of_a_process_of_its_own():

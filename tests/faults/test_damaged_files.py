@@ -1,12 +1,15 @@
 """Files of a run that are damaged, or are something else: named in one line, or replaced."""
 
+import numpy as np
 import pytest
+import torch
 
 import compare
 import rollout
 import train_vit
 from errors import UserError
 from maps.commands import read_table
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 JSON = ["", "{", "[]", "3", "null", "{}", '{"scores": 3}', '{"test_accuracy": "high"}', "\0", "é" * 10]
 
@@ -47,3 +50,42 @@ def test_a_damaged_best_checkpoint_is_named(content, run):
     ):
         with pytest.raises(UserError, match="best.pt is damaged or no checkpoint"):
             command.main(argv)
+
+
+def damaged_copies(whole, *, cuts, flips):
+    """The bytes of a file, cut at so many lengths, and with so many single bits flipped."""
+    yield from (whole[: len(whole) * i // cuts] for i in range(cuts))
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(whole), flips):
+        copy = bytearray(whole)
+        copy[place] ^= 1 << rng.integers(8)
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize(("cuts", "flips"), [(8, 40), pytest.param(64, 500, marks=pytest.mark.slow)])
+def test_of_a_damaged_checkpoint_the_one_before_is_opened(cuts, flips, run, tmp_path, capsys, tried):
+    whole = (run / "last.pt").read_bytes()
+    (tmp_path / "last.prev.pt").write_bytes(whole)
+    before = load_checkpoint(tmp_path)["weights"]
+    for copy in damaged_copies(whole, cuts=cuts, flips=flips):
+        (tmp_path / "last.pt").write_bytes(copy)
+        weights = load_checkpoint(tmp_path)["weights"]
+        assert all(weights[name].equal(before[name]) for name in before)
+        assert "last.pt is damaged" in capsys.readouterr().err
+    tried("a checkpoint that is cut", cuts)
+    tried("a checkpoint with a flipped bit", flips)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 99}, "another version of it: its format_version"),
+        ({"weights": {"w": torch.zeros(3)}}, "do not fit"),
+        ({"model_args": {"embed_dim": 32, "depth": 1, "num_heads": 1}}, "do not fit"),
+    ],
+)
+def test_another_version_or_other_weights_are_one_line(change, said, run, tmp_path, tried):
+    save_checkpoint(tmp_path / "vit.pt", load_checkpoint(run) | change)
+    with pytest.raises(UserError, match=said):
+        rollout.main([str(tmp_path / "vit.pt"), "--device", "cpu"])
+    tried("a checkpoint of another version, or with other weights")
