@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +117,28 @@ def test_on_a_slow_disk_epochs_are_written_together(tmp_path, tried):
     run.process.terminate()
     assert run.end()[0] == 128 + signal.SIGTERM and load_checkpoint(run.folder)["epoch"] > 4
     tried("a slow disk")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_one_line(tmp_path, tried):
+    """Real ones, of memory, from too small for a checkpoint to large enough for all."""
+    codes = []
+    for kib in (16, 100, 200, 300, 400, 600, 1000):
+        disk = tmp_path / "runs"
+        disk.mkdir(exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("needs the rights to mount a disk of memory")
+        try:
+            run = Run(tmp_path, "--epochs", "3", "--image-size", "16")
+            code, line = run.end()
+            codes.append(code)
+            assert code == 0 or line.endswith("cannot be written (No space left on device)"), line
+            if run.saved():
+                load_checkpoint(run.folder)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+        tried("a disk that fills up")
+    assert codes[0] == 2 and codes[-1] == 0
 
 
 def images_of(folder):

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -87,8 +89,10 @@ def killed_at_random_moments(runs, count, tried):
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
+        saved = [path.stat().st_mtime for path in (runs.folder / "killed" / "run").glob("last*.pt")]
+        lost = {"seconds of work lost": round(time.time() - max(saved), 2)} if saved and process.exitcode else {}
         assert runs.is_whole("killed") is True
-        tried("kill -9 at a random moment")
+        tried("kill -9 at a random moment", **lost)
 
 
 def failing_at_operations(runs, count, tried):
@@ -116,6 +120,29 @@ def stopped_by_signals(runs, count, tried):
         assert process.exitcode in (0, 128 + signum, -signum) and "error" not in output, output
         assert runs.is_whole("stopped") is True
         tried("Ctrl-C or SIGTERM, once or twice")
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_killed(tmp_path, tried):
+    images, moments = write_images(tmp_path / "pets", count=20), random.Random(0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_vit.py"]
+    command += [*TINY, "--dataset", "folder", "--data-dir", images, "--cache-dir", tmp_path / "cache", "--epochs", "60"]
+    command += ["--image-size", "16", "--batch-size", "16", "--save-minutes", "0.001", "--resume", "auto", "--run-name"]
+
+    def ranks(name):
+        flags = ["run", "--out-dir", tmp_path / name]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        return subprocess.Popen([*map(str, [*command, *flags])], env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+
+    assert ranks("alone").wait(300) == 0
+    for _ in range(5):
+        process = ranks("killed")
+        time.sleep(moments.uniform(10, 25))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        tried("kill -9 of two ranks of torchrun")
+    assert ranks("killed").wait(300) == 0
+    assert same_weights(*(tmp_path / name / "run" / "last.pt" for name in ("alone", "killed")))
 
 
 def test_killed_or_failing_at_some_operations(runs, tried):
