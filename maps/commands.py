@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from errors import UserError, aligned, bar_disabled
+from errors import UserError, aligned, bar_disabled, is_memory_error
 from files import make_folder, write_json
 from maps.draw import draw_deletion_curves, draw_redrawn
 from maps.evaluate import baselines, evaluate, mean_and_error
@@ -14,7 +14,7 @@ from maps.images import checkpoint_dataset, chosen_images, find_split, images_at
 from maps.randomise import NOTE, layers_from_the_head, learnt_nothing
 from models import build_model
 from training.checkpoint import checkpoint_file, is_of_kind, load_checkpoint, rebuild_model
-from training.device import Precision, is_memory_error, pick_device
+from training.device import Precision, pick_device
 from training.flags import Parser
 from training.values import at_least, number
 from training.weights import weights_hash

@@ -21,7 +21,7 @@ ESSENTIAL = {
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
-    **dict.fromkeys(("log", "log_steps", "sample_epochs"), "place"),
+    **dict.fromkeys(("log", "log_steps", "sample_epochs", "on_nan"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
@@ -209,6 +209,7 @@ def add_schedule_flags(group):
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
     add("--clip-value", type=positive, metavar="V", help="limit each element of the gradient")
+    add("--on-nan", choices=("stop", "skip", "rollback"), default="stop", help="what to do if the loss is not finite")
     add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 

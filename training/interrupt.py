@@ -9,10 +9,11 @@ import time
 
 from tqdm.auto import tqdm
 
-from errors import UserError, bar_disabled
+from errors import bar_disabled
 from files import is_first_rank
 from training.loop import loss_and_accuracy
-from training.ranks import any_rank, rank_and_ranks
+from training.outputs import largest_gradient
+from training.ranks import any_rank, rank_and_ranks, warn_of
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,16 +83,17 @@ class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(sums)`; True asks it to stop.
 
     A few times per second it reads the sums from the device and shows them in a bar. Every --save-minutes it saves.
-    With --log-steps it notes each step, and reads their losses at these times.
-    With --profile it profiles the first epoch. Raises UserError, with the epoch, the step and the learning rate, if the
-    loss was not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
+    With --log-steps it notes each step, and reads their losses at these times. With --profile it profiles the first
+    epoch. Raises UserError, with the epoch, the step, the learning rate and the parameter whose gradient was largest at
+    the last refresh, if the loss was not finite: at the next one, at the latest when the epoch ends, and before
+    anything is saved. With --on-nan rollback it looks after each step.
     """
 
     REFRESH_SECONDS = 0.4
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
-        self.profiler = None
+        self.profiler, self.largest = None, ""
         if run.args.profile and run.epoch == run.first_epoch and is_first_rank():
             from training.profiling import StepProfiler  # only if it is asked for
 
@@ -126,6 +128,10 @@ class Watch:
             self.profiler.step()
         if self.run.log:
             self.run.log.note(sums)
+        if self.run.args.on_nan == "rollback" and any_rank(sums["bad_step"].item() >= 0)[0]:
+            from training.numerics import roll_back  # only if it is asked for
+
+            roll_back(self.run, self.largest)
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
@@ -144,12 +150,13 @@ class Watch:
         """Wait for the device; update the bar, or raise if the loss was not finite."""
         if self.run.log:
             self.run.log.fetch()
-        bad_step = sums["bad_step"].item()
-        if bad_step >= 0:
-            raise UserError(
-                f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{sums['bad_lr'].item():.3g}; what was saved before is kept; try a lower --lr or --clip-grad 1"
-            )
+        if sums["bad_step"].item() >= 0:
+            from training.numerics import not_finite  # only if it is needed
+
+            raise not_finite(self.run, self.largest)
+        self.largest = largest_gradient(self.run)
+        if self.run.precision.scaler.get_scale() < 1:
+            warn_of(self.run, "the loss scale is below 1: float16 overflows in most updates; use --amp bf16 or off")
         loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}" + ("" if accuracy is None else f", {accuracy:.1%}"), refresh=False)
         self.bar.update(sums["step"] - self.bar.n)

@@ -37,7 +37,7 @@ def new_sums(device):
 
 def loss_and_accuracy(sums):
     """The means per image, as floats, the accuracy None if the loss has no such thing: waits for the device."""
-    loss, accuracy = (sums[name].item() / sums["images"] for name in ("loss", "correct"))
+    loss, accuracy = (sums[name].item() / (sums["images"] or float("nan")) for name in ("loss", "correct"))
     return loss, None if accuracy < 0 else accuracy
 
 
@@ -90,8 +90,8 @@ def train_one_epoch(
         if clip_value:
             clip_grad_value_(model.parameters(), clip_value)
         scaler.step(optimizer)
-        scaler.update()
-        if average:
+        skipped = scaler.update()  # None; with --on-nan skip, whether the update was left out
+        if average and not skipped:
             average.after_step(model)
         for _ in parts:  # a schedule counts batches
             schedule.step()

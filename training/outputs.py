@@ -17,12 +17,13 @@ from files import make_folder, write_atomically, write_json
 from training.device import device_name, peak_memory_bytes
 from training.flags import flag_kind
 from training.optimizer import make_schedule
-from training.ranks import rank_and_ranks
+from training.ranks import rank_and_ranks, warn_of
 
 COLUMNS = (  # of log.csv
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "images_per_second", "peak_memory_bytes"),
 )
+NAN_COUNTS = ("skipped_updates", "rollbacks")  # of --on-nan, also in the rows of a history if there were any
 
 
 def print_header(args, precision):
@@ -73,7 +74,27 @@ def epoch_line(row, epochs):
         if row[f"{split}_loss"] is not None
     )
     speed = f"{row['seconds']:7.1f} s {row['images_per_second']:7,.0f} images/s"
-    return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
+    counts = "".join(f"   {name.replace('_', ' ')}: {row[name]}" for name in NAN_COUNTS if name in row)
+    return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}{counts}"
+
+
+def warn_if_constant(run, split, logits=None):
+    """Warn if logits (N, classes) name one class alone, and labels several; not in the first of several epochs."""
+    one_class = logits is not None and len(logits.argmax(1).unique()) == 1
+    if one_class and (run.epoch or run.args.epochs == 1) and len(run.dataset.splits()[split].labels.unique()) > 1:
+        advice = "try a lower --lr, --clip-grad 1 or --class-weights balanced"
+        warn_of(run, f"the model predicts the same class for every image; {advice}")
+
+
+def largest_gradient(run):
+    """What an error says of the last step's gradients: which has the largest element, of several infinite the last."""
+    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    if run.args.fsdp or not gradients:
+        return ""
+    sizes = torch.stack([gradient.abs().max() for gradient in gradients.values()])
+    sizes = sizes.nan_to_num(math.inf, posinf=math.inf).tolist()
+    size, _, name = max(zip(sizes, range(len(sizes)), gradients))
+    return f"; at step {run.sums['step']} the largest gradient was {size:.2g}, of {name}"
 
 
 def accuracy_text(result):
@@ -94,7 +115,7 @@ def accuracy_text(result):
 
 def write_log(path, history):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
@@ -200,6 +221,7 @@ def write_result(run, **measured):
         "split_seed": args["split_seed"],
         "val_accuracy": history[-1]["val_accuracy"],
         **measured,
+        **{name: count for name in NAN_COUNTS if (count := sum(row.get(name, 0) for row in history))},
         "weights": "raw" if run.evaluated_model is run.model else run.average.kind,
         "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,

@@ -78,6 +78,12 @@ def any_rank(*flags):
     return [bool(flag) for flag in flags]
 
 
+def warn_of(run, text):
+    if text not in run.warnings and rank_and_ranks()[0] == 0:
+        print(f"warning: {text}", file=sys.stderr)
+    run.warnings.add(text)
+
+
 def rank_words():
     """What a rank's dropout is seeded by, beside the batch; nothing on the first rank."""
     rank, _ = rank_and_ranks()

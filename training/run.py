@@ -23,10 +23,12 @@ from training.folder import prepare_folder, unlock
 from training.loop import batches_per_step, loss_and_accuracy, new_sums, validate
 from training.outputs import (
     COLUMNS,
+    NAN_COUNTS,
     accuracy_text,
     balanced_accuracy,
     draw_curves,
     epoch_line,
+    warn_if_constant,
     write_log,
     write_predictions,
     write_result,
@@ -62,7 +64,7 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
-        self.unwritten = {}  # checkpoints by the names of their files
+        self.unwritten, self.warnings = {}, set()  # checkpoints by the names of their files; what was warned of
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
 
@@ -93,6 +95,10 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
+        if self.args.on_nan == "skip":
+            from training.numerics import SkippingScaler  # only if it is asked for
+
+            self.precision.scaler = SkippingScaler(self)
         if (self.args.log or self.args.log_steps) and is_first_rank():
             from training.loggers import RunLog  # only if it is asked for
 
@@ -159,11 +165,12 @@ class Run:
             "images_per_second": sums["images"] / sums["seconds"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(sums), **scores}.items():
+        row |= {name: sums[name] for name in NAN_COUNTS if name in sums}
+        for split, (loss, accuracy, *logits) in {"train": loss_and_accuracy(sums), **scores}.items():
             if not math.isfinite(loss):
-                kept = f"{self.folder} holds what was saved before"
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} is as before")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
+            warn_if_constant(self, split, *logits)
         self.history.append(row)
         if self.log:
             self.log.add(row)
@@ -175,7 +182,8 @@ class Run:
         if self.epoch in self.args.save_epochs:
             names.append(f"epoch-{self.epoch}.pt")
         waited = time.monotonic() - self.last_writing
-        due = any_rank(self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited)[0]
+        always = self.epoch == self.args.epochs or self.args.on_nan == "rollback"
+        due = any_rank(always or self.writing_seconds < WRITING_SHARE * waited)[0]
         if names:
             checkpoint = make_checkpoint(self)
             self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))

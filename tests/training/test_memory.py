@@ -7,7 +7,8 @@ import torch
 
 from errors import UserError, is_memory_error
 from training import device as devices
-from training.device import memory_error, memory_watched
+from training.device import memory_watched
+from training.memory import memory_error
 
 GIB = 2**30
 

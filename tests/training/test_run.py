@@ -41,7 +41,7 @@ def history(*val_accuracies, lr=0.1):
 
 PLAIN = {
     **{"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": "none"},
-    **{"model_ema_decay": 0.0, "swa_start": 0.0, "fsdp": False},
+    **{"model_ema_decay": 0.0, "swa_start": 0.0, "fsdp": False, "on_nan": "stop"},
 }
 
 
