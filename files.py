@@ -24,8 +24,8 @@ def write_atomically(path, write, *, previous=None):
     if not is_first_rank():
         return
     path = Path(path)
-    if not path.name:
-        raise UserError(f"{path} cannot be written (it is a folder)")
+    if not path.name or (path.exists() and not path.is_file()):  # a device, such as /dev/null, would be replaced
+        raise UserError(f"{path} cannot be written (it is no regular file)")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:

@@ -32,7 +32,7 @@ from training.flags import make_parser
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch, validate
 from training.optimizer import make_loss, make_optimizer, make_schedule
-from training.outputs import print_header, print_lr, print_model, print_summary
+from training.outputs import print_header, print_model, print_summary
 from training.ranks import first_rank_first
 from training.run import Run
 from training.values import fraction, name_or_class
@@ -155,21 +155,21 @@ def main(argv=None):
         batches=train,
         loss_function=make_loss(args, dataset, device),
         optimizer=optimizer,
+        schedule=schedule,
         precision=precision,
         seed=args.seed,
         accumulate=args.accumulate,
         clip_grad=args.clip_grad,
         clip_value=args.clip_value,
+        average=run.average,
     )
-    if args.find_lr:
-        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=run.average, after_step=watch)
+                train_epoch(epoch=epoch, sums=run.sums, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
             evaluate = partial(validate, model=run.model_to_evaluate(train), precision=precision)

@@ -31,7 +31,7 @@ from training.generating import draw_samples, finish_generator, leave_out, valid
 from training.interrupt import StopRequests, Watch
 from training.loop import train_one_epoch
 from training.optimizer import make_optimizer, make_schedule
-from training.outputs import count_parameters, print_header, print_lr
+from training.outputs import count_parameters, print_header
 from training.ranks import first_rank_first
 from training.run import Run
 from training.values import at_least, fraction, number
@@ -155,21 +155,21 @@ def main(argv=None):
         batches=train,
         loss_function=loss_function,
         optimizer=optimizer,
+        schedule=schedule,
         precision=precision,
         seed=args.seed,
         accumulate=args.accumulate,
         clip_grad=args.clip_grad,
         clip_value=args.clip_value,
+        average=run.average,
     )
-    if args.find_lr:
-        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=run.average, after_step=watch)
+                train_epoch(epoch=epoch, sums=run.sums, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
             evaluate = partial(

@@ -13,7 +13,6 @@ from training.loop import batches_per_step
 from training.ranks import from_first_rank, join_ranks
 from training.values import is_own_class
 
-NOT_WITH_FIND_LR = ("summary", "resume", "overwrite", "accumulate", "minutes", "skip_test", "log", "log_steps")
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
@@ -85,8 +84,6 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
-    if "find_lr" in given and (others := [name for name in NOT_WITH_FIND_LR if name in given]):
-        raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):

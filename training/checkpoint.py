@@ -16,6 +16,11 @@ from training.ranks import ADDED_BY_RANK, sums_of_all_ranks
 FORMAT_VERSION = 1
 
 
+def all_finite(weights):
+    """Whether no number in these tensors is infinite or NaN; waits for the device."""
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
 def image_shape(channels, size):
     """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
     return channels, *((size, size) if isinstance(size, int) else size)
@@ -28,8 +33,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len),
-    "ema": (dict[str, torch.Tensor] | None,),
+    "weights": (dict[str, torch.Tensor], len, all_finite),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -50,12 +55,18 @@ def is_of_kind(value, kind):
 
 
 def make_checkpoint(run):
-    """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types."""
+    """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types.
+
+    Raises UserError if a weight is not finite: such a run could not be resumed.
+    """
     weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
     if run.args.fsdp:
         from training.sharding import gathered  # only if it is asked for
 
         weights, optimizer = gathered(weights), gathered(optimizer)
+    if not all_finite(weights):
+        where = f"{position(run.epoch, run.sums['step'])}; what was saved before is kept"
+        raise UserError(f"the weights are not finite {where}; try a lower --lr or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,

@@ -26,7 +26,7 @@ FLAG_KINDS = {
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "skip_test"), "start"),
-    **dict.fromkeys(("summary", "find_lr", "help", "help_all"), "start"),
+    **dict.fromkeys(("summary", "help", "help_all"), "start"),
 }
 
 
@@ -108,7 +108,6 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
-    add("--find-lr", action="store_true", help="sweep the learning rate in short runs, suggest one, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))

@@ -45,7 +45,7 @@ def choose_folder(given, *, default_name, default_dir):
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.keys() & {"overwrite", "summary", "find_lr"}:
+    if is_taken(folder) and not given.keys() & {"overwrite", "summary"}:
         if "run_name" in given:
             raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)

@@ -58,13 +58,6 @@ def print_summary(table, args):
     print(f"its learning rate: {path}")
 
 
-def print_lr(run, train_epoch):
-    """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
-    from training.find_lr import print_suggestion  # only if it is asked for
-
-    print_suggestion(run, train_epoch)
-
-
 def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))

@@ -126,7 +126,8 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, tried):
     for kib in (16, 100, 200, 300, 400, 600, 1000):
         disk = tmp_path / "runs"
         disk.mkdir(exist_ok=True)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the rights to mount a disk of memory")
         try:
             run = Run(tmp_path, "--epochs", "3", "--image-size", "16")

@@ -81,10 +81,11 @@ def test_of_a_damaged_checkpoint_the_one_before_is_opened(cuts, flips, run, tmp_
     [
         ({"format_version": 99}, "another version of it: its format_version"),
         ({"weights": {"w": torch.zeros(3)}}, "do not fit"),
+        ({"weights": {"w": torch.tensor([0, torch.nan])}}, "its weights is missing or makes no sense"),
         ({"model_args": {"embed_dim": 32, "depth": 1, "num_heads": 1}}, "do not fit"),
     ],
 )
-def test_another_version_or_other_weights_are_one_line(change, said, run, tmp_path, tried):
+def test_another_version_and_other_or_infinite_weights_are_one_line(change, said, run, tmp_path, tried):
     save_checkpoint(tmp_path / "vit.pt", load_checkpoint(run) | change)
     with pytest.raises(UserError, match=said):
         rollout.main([str(tmp_path / "vit.pt"), "--device", "cpu"])

@@ -16,7 +16,7 @@ import train_resnet_attn
 import train_vit
 from errors import UserError
 from pipeline.batches import Batches
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.device import has_bfloat16
 from training.interrupt import Interrupted, Watch
 
@@ -205,3 +205,21 @@ def test_one_class_for_every_image_is_said_once(folder_flags, monkeypatch, capsy
         monkeypatch.setattr("train_vit.validate", lambda logits=logits, **_: (1.0, 0.3, logits))
         train_vit.main([*folder_flags, "--overwrite"])
         assert capsys.readouterr().err.count(said) == len(logits.argmax(1).unique()) % 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(folder_flags, tmp_path):
+    """By a loss that is finite, and whose gradient is not."""
+    steps = []
+
+    def spoil(optimizer, *_):
+        steps.append(optimizer)
+        if len(steps) == 3:
+            optimizer.param_groups[0]["params"][0].grad *= math.nan
+
+    handle = register_optimizer_step_pre_hook(spoil)
+    try:
+        with pytest.raises(UserError, match="weights are not finite in epoch 1 after step 3; what was saved before is"):
+            train_vit.main([*folder_flags, "--save-minutes", "1e-9"])
+    finally:
+        handle.remove()
+    assert load_checkpoint(tmp_path / "runs" / "vit")["step"] == 2
