@@ -1,11 +1,11 @@
 """The results of benchmarks/ as Markdown."""
 
-import json
 import statistics
 from pathlib import Path
 
 from errors import UserError
 from experiments.tables import markdown
+from training.records import read_json
 
 
 def ratio_rows(tables):
@@ -43,13 +43,13 @@ def speed_text(path):
     if not path.exists():
         return f"Not measured yet: `{path.stem}`."
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path)
         text = f"{results['device']}, {results['threads']} CPU threads, torch {results['torch']}"
         if peaks := results.get("peak_gflops"):
             text += "; matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
         text += f":\n\n{markdown(ratio_rows(results['images_per_second']))}"
         if "peak_bytes" in results:
             text += f"\n\n{markdown(cost_rows(results))}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} was not written by a benchmark ({type(error).__name__}: {error})") from error
     return text

@@ -1,6 +1,5 @@
 """Methods ranked over the evaluations of several checkpoints: compare.py --maps."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from scipy.stats import t as student
 
 from errors import UserError, aligned
 from maps.randomise import NOTE, learnt_nothing
+from training.records import read_json
 
 MEASURES = ("average_precision", "saco", "deletion", "insertion", "rank_correlation", "pointing_redrawn")
 
@@ -24,7 +24,7 @@ def read_evaluations(names):
         own = path / "maps" / "evaluation.json"
         for file in [path] if path.is_file() else [own] if own.exists() else sorted(path.glob("*.json")):
             try:
-                record = json.loads(file.read_text())
+                record = read_json(file)
                 key = record["model"], record["dataset_name"]
                 same = record["ranked_by"], record["split"], record["images"]
                 groups.setdefault(key, []).append(record)

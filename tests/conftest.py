@@ -1,5 +1,7 @@
 """What several tests need: small folders of images, the scripts as a user runs them, and the real images."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,18 @@ def matmul_settings():
     settings = torch.backends.mkldnn.matmul
     settings.fp32_precision = "none"
     return settings
+
+
+@pytest.fixture
+def tried():
+    """A function that notes what a test of faults tried, and how often, in the file that FAULTS_LOG names."""
+
+    def note(what, count=1, **more):
+        if path := os.environ.get("FAULTS_LOG"):
+            with open(path, "a") as file:
+                file.write(json.dumps({"what": what, "count": count, **more}) + "\n")
+
+    return note
 
 
 @pytest.fixture
