@@ -24,6 +24,7 @@ from experiments.tables import comparison_table, groups_table, markdown, score_t
 from files import write_atomically
 from maps.ranking import ranking_text
 from training.flags import Parser
+from training.records import read_text
 
 TABLE_START = re.compile(r"<!-- (table|comparison|speed|faults|maps): (\S+?)( by val)? -->\n")
 TABLE_END = "<!-- end table -->"
@@ -83,11 +84,11 @@ def filled_tables(text, results):
 
 def fill_readme(path, results):
     try:
-        text = filled_tables(Path(path).read_text(encoding="utf-8"), results)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--readme {path} cannot be read ({error})") from error
+        text = filled_tables(read_text(path), results)
     except UserError as error:
         raise UserError(f"--readme {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--readme {path} cannot be read ({error})") from error
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -1,6 +1,7 @@
 """From a dataset's name to its images, classes and splits."""
 
 import hashlib
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from torchvision.transforms.functional import resize
 
 from errors import UserError
+from files import is_first_rank
 from pipeline.crops import images_in_memory
-from pipeline.decoding import both_sides, by_all_cores
+from pipeline.decoding import both_sides
 from pipeline.folders import find_splits, printable, read_folder
 from pipeline.imagenette import IMAGENETTES, READABLE, find_imagenette
 from pipeline.large import CROP_PCT, LargeImages, read_large_folder
@@ -20,7 +21,6 @@ from pipeline.large import CROP_PCT, LargeImages, read_large_folder
 SHAPES = ("shapes", "shapes_even", "shapes_pair", "shapes_shuffled")  # drawn, with a mask of each shape
 DATASETS = ("cifar10", "cifar100", *SHAPES, "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
-SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
 class Split(NamedTuple):
@@ -55,6 +55,7 @@ class Dataset(NamedTuple):
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
     extra: Split | None = None  # with --extra-data: generated images that training mixes in
+    repeated: str = ""  # how many images of other splits are training images as well
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -63,7 +64,8 @@ class Dataset(NamedTuple):
         train = self.train.pick(torch.arange(count) * most // count)
         large = isinstance(train.images, LargeImages)
         test = train._replace(images=train.images.centre_crops("overfit")) if large else train
-        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
+        name = f"{count} images of {self.name}, by heart"
+        return self._replace(name=name, train=train, val=None, test=test, repeated="")
 
     def splits(self):
         """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
@@ -107,7 +109,8 @@ def load_dataset(
     the training images are LargeImages, and the others centre crops of crop_pct of the short side. Raises UserError if
     images are missing or cannot be read.
     """
-    from pipeline.splits import made_splits, some_of_each_class  # only if images are loaded
+    from pipeline.pixels import channel_statistics, repeated_images, resized  # only if images are loaded
+    from pipeline.splits import made_splits, some_of_each_class
 
     folder, large = None, is_large(name, image_size)
     if name == "folder":
@@ -135,11 +138,13 @@ def load_dataset(
     if train_per_class:
         seed = how_to_split.get("split_seed", 0), 2
         splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
+    repeated = repeated_images(splits)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
+    parts = (splits.get(key) for key in ("train", "val", "test"))
+    return Dataset(name, classes, *parts, mean, std, whole_hash=whole, repeated=repeated)
 
 
 def dataset_of(args, statistics=None):
@@ -148,7 +153,8 @@ def dataset_of(args, statistics=None):
     statistics are the (mean, std) by which images are normalised, if not by their own: those of pretrained weights.
     """
     if args.dataset == "webdataset":
-        from pipeline.shards import read_webdataset  # only if it is asked for
+        from pipeline.pixels import channel_statistics  # only if it is asked for
+        from pipeline.shards import read_webdataset
 
         classes, shards, splits = read_webdataset(args)
         splits = {key: Split(*parts) for key, parts in splits.items()}
@@ -162,9 +168,11 @@ def dataset_of(args, statistics=None):
         dataset = dataset.learnt_by_heart(args.overfit)
     if getattr(args, "extra_data", None):
         from pipeline.extra import read_extra  # only if it is asked for
+        from pipeline.pixels import repeated_images
 
-        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
-        dataset = dataset._replace(extra=Split(*extra))
+        extra = Split(*read_extra(args.extra_data, dataset.classes, dataset.train.images))
+        repeated = [dataset.repeated, repeated_images({**dataset.splits(), "extra": extra}, "extra", "extra")]
+        dataset = dataset._replace(extra=extra, repeated="; ".join(filter(None, repeated)))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -192,41 +200,10 @@ def read_cifar(name, data_dir):
     return found.classes, splits
 
 
-def resized(images, size):
-    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
-    sides = both_sides(size)
-    if images.shape[2:] == sides:
-        return images
-    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
-
-
-def channel_statistics(images):
-    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
-
-    For large images they are computed from a sample, the same whether the images are kept in memory or not.
-    """
-    if not isinstance(images, LargeImages):
-        return statistics_of_chunks(images.split(1000))
-    some = images[:: -(-len(images) // SAMPLE)]
-    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
-    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
-
-
-def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
-    count, total, squares = 0, 0, 0
-    for chunk in chunks:
-        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
-        count += chunk.shape[1]
-        total += chunk.sum(1)
-        squares += (chunk * chunk).sum(1)
-    mean = total.double() / count
-    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
-    return (mean / 255).tolist(), (std / 255).tolist()
-
-
 def describe(dataset):
-    """One line per split: how many images it has, and how many of each class."""
+    """One line per split: how many images it has, and how many of each class; a warning of repeated ones on stderr."""
+    if dataset.repeated and is_first_rank():
+        print(f"warning: {dataset.repeated}", file=sys.stderr)
     lines = []
     for key, split in dataset.splits().items():
         if split.images is None:

@@ -1,7 +1,9 @@
 """What a user sees: the one exception that stands for a mistake of theirs, tables, how a script ends, progress bars."""
 
+import errno
 import importlib
 import os
+import stat
 import sys
 
 
@@ -18,6 +20,13 @@ class UserError(ValueError):
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""
         return [f"error: {self}"]
+
+
+def with_an_end(path):
+    """The path of a regular file, as it is. Raises OSError for another one: a pipe or a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
 
 
 def aligned(rows):

@@ -79,6 +79,9 @@ def write_images(out, model, names, labels, *, per_class, batch_size, **options)
     """Write the images of labels that are missing in out, by whole batches, and print how many there are."""
     pairs = [(label, index) for label in labels for index in range(per_class)]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    for name in (names[label] for label in labels):  # they are a checkpoint's, which may be anybody's
+        if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
+            raise UserError(f"the class {name!r} cannot be the name of a folder in {out}")
     for label in labels:
         make_folder(out / names[label])
     paths = {(label, index): out / names[label] / f"{index:06}.png" for label, index in pairs}

@@ -11,6 +11,7 @@ from experiments.runs import Group, group_runs, warn
 from experiments.scripts import script_parser
 from training.arguments import as_flag, given_arguments
 from training.flags import flag_kind
+from training.records import read_text
 
 PLAN_KEYS = {"title": str, "rows": list, "measurements": list, "baseline": str, "seeds": int, "paired": bool}
 COMMAND_KEYS = {"name": str, "script": str, "arguments": (str, list)}
@@ -132,7 +133,7 @@ def check_names(plan, rows, measurements):
 def read_plan(path):
     """The Plan in a TOML file; each row's arguments are checked by its script's parser. Raises UserError."""
     try:
-        plan = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        plan = tomllib.loads(read_text(path))
         check_keys(plan, PLAN_KEYS)
         rows = parse_tables(plan, "row", parse_row)
         measurements = parse_tables(plan, "measurement", parse_measurement)
@@ -143,7 +144,7 @@ def read_plan(path):
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except ValueError as error:  # of tomllib or the text's encoding
+    except (ValueError, RecursionError) as error:  # of tomllib or the text's encoding
         raise UserError(f"{path} is not TOML: {error}") from error
     return Plan(Path(path).stem, plan["title"], rows, measurements, plan.get("paired", False))
 

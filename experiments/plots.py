@@ -1,6 +1,7 @@
 """Figures of compare.py: accuracy per epoch of groups of runs, and accuracy against parameters."""
 
 import csv
+import io
 import statistics
 
 import numpy as np
@@ -11,6 +12,7 @@ from errors import UserError
 from experiments.runs import warn
 from experiments.tables import PUBLISHED, scored_groups
 from files import write_atomically
+from training.records import read_text
 
 ISO_SCORES = (50, 100, 200, 400, 800, 1600)
 
@@ -22,15 +24,14 @@ def read_curve(run, by):
     """
     path = run.path.with_name("log.csv") if run.path.name == "result.json" else run.path.with_suffix(".csv")
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
         for split in (by, "val" if by == "test" else "test"):
             if rows and rows[-1][f"{split}_accuracy"]:
                 return split, [float(row[f"{split}_accuracy"]) for row in rows]
         reason = "it has no accuracies"
     except OSError as error:
         reason = error.strerror
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, csv.Error):
         reason = "it is not the log of a run"
     warn(f"{path} is left out of the plot: {reason}")
     return None

@@ -9,13 +9,18 @@ from typing import NamedTuple
 
 from errors import UserError
 from experiments.scripts import SCRIPTS, all_arguments
+from training.archives import read_from_outside
 from training.flags import flag_kind
+from training.records import read_json
 
+ACCURACIES = ("test_accuracy", "val_accuracy")  # fractions
 RESULT_KEYS = {  # the keys of a result that this folder uses, with their types
     **dict.fromkeys(("script", "dataset_name", "data_hash", "device", "precision"), str),
     **dict.fromkeys(("params", "epochs", "seed"), int),
-    **dict.fromkeys(("test_accuracy", "val_accuracy"), (int, float, type(None))),
+    **dict.fromkeys(ACCURACIES, (int, float, type(None))),
     **{"args": dict, "seconds": (int, float)},
+    **dict.fromkeys(("init_from", "device_type"), (str, type(None))),  # older results lack them
+    "extra": (dict, type(None)),
 }
 OTHER_RESULTS = ("faults", "maps", "quality", "speed")  # folders of results/ that hold no runs
 
@@ -55,14 +60,19 @@ def read_run(path, folder):
     name = path.parent if path.name == "result.json" else path.with_suffix("")
     name = re.sub(r"-seed-\d+$", "", name.relative_to(folder).as_posix())
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
+        result = {"init_from": None, "device_type": None, "extra": None, **result}
         wrong = [key for key, kind in RESULT_KEYS.items() if not isinstance(result[key], kind)]
+        wrong += [key for key in ACCURACIES if not 0 <= (result[key] or 0) <= 1] if not wrong else []
         if not wrong:
             if result["script"] in SCRIPTS:
-                with contextlib.suppress(KeyError):  # a recipe that no longer exists
+                with (
+                    read_from_outside("its arguments"),
+                    contextlib.suppress(KeyError),
+                ):  # a recipe that no longer exists
                     result["args"] = all_arguments(result["script"], result["args"])
             return MeasuredRun(path, name, result)
-        reason = f"{', '.join(wrong)} has the wrong type"
+        reason = f"{', '.join(wrong)} makes no sense"
     except KeyError as error:
         reason = f"it has no {error.args[0]}"
     except OSError as error:

@@ -1,11 +1,11 @@
 """The results of benchmarks/ as Markdown."""
 
-import json
 import statistics
 from pathlib import Path
 
 from errors import UserError
 from experiments.tables import markdown
+from training.records import read_json
 
 
 def ratio_rows(tables):
@@ -52,7 +52,7 @@ def speed_text(path):
     if not path.exists():
         return f"Not measured yet: `{path.stem}`."
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path)
         text = f"{results['device']}, {results['threads']} CPU threads, torch {results['torch']}"
         if "faults" in results:
             return f"{text}, {results['seconds'] / 60:.0f} minutes:\n\n{markdown(fault_rows(results['faults']))}"
@@ -61,6 +61,6 @@ def speed_text(path):
         text += f":\n\n{markdown(ratio_rows(results['images_per_second']))}"
         if "peak_bytes" in results:
             text += f"\n\n{markdown(cost_rows(results))}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} was not written by a benchmark ({type(error).__name__}: {error})") from error
     return text

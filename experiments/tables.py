@@ -42,7 +42,7 @@ def group_cells(group, by):
         cells["dataset"] = results[0]["dataset_name"]
         cells["epochs"] = spread(result["epochs"] for result in results)
         cells["parameters"] = spread(result["params"] for result in results)
-        kinds = {f"{result['device']}, {PRECISIONS[result['precision']]}" for result in results}
+        kinds = {f"{result['device']}, {PRECISIONS.get(p := result['precision'], p)}" for result in results}
         cells["device"] = " and ".join(sorted(kinds))
         if len({result["device"] for result in results}) == 1 and results[0].get("device_type") == "cuda":
             cells[MINUTES] = f"{statistics.fmean(result['seconds'] for result in results) / 60:.1f}"

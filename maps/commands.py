@@ -1,6 +1,5 @@
 """What rollout.py and attribute.py share (predict.py, too): flags, what to open, the evaluation of a checkpoint."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from models import build_model
 from training.checkpoint import checkpoint_file, is_of_kind, load_checkpoint, rebuild_model
 from training.device import Precision, pick_device
 from training.flags import Parser
+from training.records import read_json
 from training.values import at_least, number
 from training.weights import weights_hash
 
@@ -111,7 +111,7 @@ def scores_text(table):
 def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError):
         return None
     whole = is_of_kind(record, dict[str, object]) and "scores" in record

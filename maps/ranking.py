@@ -1,6 +1,5 @@
 """Methods ranked over the evaluations of several checkpoints: compare.py --maps."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,14 @@ from scipy.stats import t as student
 
 from errors import UserError, aligned
 from maps.randomise import NOTE, learnt_nothing
+from training.checkpoint import is_of_kind
+from training.records import read_json
 
+NUMBERS = list[float | int]
+RECORD_KINDS = {  # what an evaluation.json must hold
+    **dict.fromkeys(("model", "dataset_name", "ranked_by", "split"), str),
+    **{"images": object, "values": dict[str, NUMBERS], "scores": dict[str, dict[str, NUMBERS]]},
+}
 MEASURES = ("average_precision", "saco", "deletion", "insertion", "rank_correlation", "pointing_redrawn")
 
 
@@ -24,11 +30,16 @@ def read_evaluations(names):
         own = path / "maps" / "evaluation.json"
         for file in [path] if path.is_file() else [own] if own.exists() else sorted(path.glob("*.json")):
             try:
-                record = json.loads(file.read_text())
+                record = read_json(file)
+                lengths = {len(values) for values in record["values"].values()}
+                rows = {name: record["scores"][name].values() for name in record["values"]}
+                whole = all(is_of_kind(record[name], kind) for name, kind in RECORD_KINDS.items())
+                if not whole or len(lengths) > 1 or not all(map(all, rows.values())):
+                    raise ValueError
                 key = record["model"], record["dataset_name"]
-                same = record["ranked_by"], record["split"], record["images"]
+                same = record["ranked_by"], record["split"], record["images"], *lengths
                 groups.setdefault(key, []).append(record)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} is no evaluation.json of rollout.py or attribute.py --evaluate") from error
             if images.setdefault(key, same) != same:
                 raise UserError(f"--maps: the evaluations of {' on '.join(key)} are not of the same images")
@@ -80,6 +91,8 @@ def ranking_text(names, layout=aligned):
     groups = read_evaluations(names)
     records = [record for group in groups.values() for record in group]
     common = [name for name in records[0]["values"] if all(name in record["values"] for record in records)]
+    if not common:
+        raise UserError("--maps: these evaluations have no method in common")
     arrays = {name: [np.array([r["values"][name] for r in group]) for group in groups.values()] for name in common}
     found = {name: mean_and_intervals(arrays[name]) for name in common}
     order = sorted(common, key=lambda name: -found[name][0])

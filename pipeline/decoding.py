@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from errors import UserError, bar_disabled
+from errors import UserError, bar_disabled, with_an_end
 
 ONE_SPEAKER = Lock()
 
@@ -21,10 +21,12 @@ ONE_SPEAKER = Lock()
 def open_image(path):
     """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if hasattr(path, "read") else with_an_end(path)) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded as an image ({error})") from error
+    except Exception as error:  # what a damaged file raises is open-ended
+        raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 
 
 @cache
@@ -60,6 +62,9 @@ def upright_image(path, size, channels=3):
     A large JPEG is decoded smaller, but no side is shorter than size.
     """
     with open_image(path) as image:
+        short, long = sorted(image.size)
+        if size * size * long // short > Image.MAX_IMAGE_PIXELS:  # once its short side has this size
+            raise ValueError(f"one of its sides is {long // short:,} times as long as the other")
         image.draft("RGB", (size, size))
         return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import sys
-import zipfile
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import UserError, with_an_end
 from files import write_atomically
 from pipeline.decoding import decode_images
 
@@ -129,7 +128,9 @@ def subfolders(folder):
 def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
-            if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
+            if entry.name in RUN_FILES or (
+                depth and entry.is_dir(follow_symlinks=False) and holds_runs(entry, depth - 1)
+            ):
                 return True
     return False
 
@@ -176,7 +177,7 @@ def readable_names(root, class_folders):
     if not path.exists():
         return [*map(printable, class_folders)]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = with_an_end(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     names = {}
@@ -216,8 +217,8 @@ def cached_array(root, name, files, make, cache_dir):
         with np.load(cache) as saved:
             if saved["listing"] == listing:
                 return saved["array"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged
+    except Exception:
+        pass  # missing or damaged; what that raises is open-ended
     array = make()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

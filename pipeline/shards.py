@@ -5,7 +5,6 @@ import io
 import os
 import random
 import re
-import tarfile
 from functools import partial
 from itertools import islice
 from urllib.parse import urlparse
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from errors import UserError, import_optional
+from errors import UserError, import_optional, with_an_end
 from pipeline.batches import RATIO
 from pipeline.crops import Crops
 from pipeline.decoding import decode_images
@@ -51,7 +50,9 @@ def find_shards(pattern):
         )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
-        return splits, wds.gopen(path).read().decode().strip().splitlines()
+        return splits, wds.gopen(
+            path if urlparse(path).scheme else with_an_end(path)
+        ).read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
 
@@ -60,6 +61,8 @@ def read_shards(urls, classes):
     """(image as a Member, label) of each sample. Raises UserError if a shard or a sample cannot be used."""
     wds, sample = import_optional("webdataset"), None
     try:
+        for url in (url for url in urls if not urlparse(url).scheme):
+            with_an_end(url)
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
             name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
             ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)
@@ -68,7 +71,9 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except (OSError, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")

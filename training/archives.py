@@ -9,7 +9,7 @@ from textwrap import shorten
 
 import torch
 
-from errors import UserError
+from errors import UserError, with_an_end
 
 DIGEST_SIZE = 32  # bytes
 
@@ -53,9 +53,11 @@ def read_archive(path, what_is_wrong, device="cpu"):
     """
     with read_from_outside(what_is_wrong):
         damaged = None
-        with open(path, "rb") as file:
+        with open(with_an_end(path), "rb") as file:
             if file.read(2) == b"PK":
                 archive = zipfile.ZipFile(file)
+                if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):  # torch compresses none
+                    raise UserError(f"{path} is damaged (it would fill the memory with more than it holds)")
                 right = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) if archive.comment else b""
                 damaged = archive.testzip() if right == archive.comment == b"" else right != archive.comment
         if damaged:

@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import os
 import socket
 from pathlib import Path
@@ -107,8 +106,10 @@ def finished_result(folder, *, skip_test):
     path = folder / "result.json"
     if not path.exists():
         return None
+    from training.records import read_json  # only if there is one
+
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result.get("test_accuracy", 0) is None and not skip_test:
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")

@@ -1,6 +1,5 @@
 """Where training a generator differs from training a classifier, and images from it."""
 
-import json
 import sys
 from collections import deque
 from pathlib import Path
@@ -14,6 +13,7 @@ from files import is_first_rank, write_atomically
 from seeding import seed_for
 from training.outputs import accuracy_text, write_result
 from training.ranks import same_buffers
+from training.records import read_json
 
 RECORD = "generated.json"
 SHEET = (10, 8)  # at most so many classes, and images of each
@@ -104,7 +104,7 @@ def read_record(folder):
     """What generate.py noted of the images in a folder, as a dict; empty if they are from elsewhere."""
     path = Path(folder, RECORD)
     try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
+        return {**read_json(path)} if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 

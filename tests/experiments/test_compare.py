@@ -244,7 +244,7 @@ def test_what_cannot_be_read_is_named_and_left_out(measured, capsys):
         "broken.json is left out",
         "list.json",
         "it has no script",
-        "test_accuracy has the wrong type",
+        "test_accuracy makes no sense",
         "has the same arguments and seed",
     ):
         assert said in "\n".join(warnings)
