@@ -22,7 +22,7 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def with_an_end(path):
+def regular_file(path):
     """The path of a regular file, as it is. Raises OSError for another one: a pipe or a device may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))

@@ -66,10 +66,8 @@ def read_run(path, folder):
         wrong += [key for key in ACCURACIES if not 0 <= (result[key] or 0) <= 1] if not wrong else []
         if not wrong:
             if result["script"] in SCRIPTS:
-                with (
-                    read_from_outside("its arguments"),
-                    contextlib.suppress(KeyError),
-                ):  # a recipe that no longer exists
+                # a KeyError: a recipe that no longer exists
+                with read_from_outside("its arguments"), contextlib.suppress(KeyError):
                     result["args"] = all_arguments(result["script"], result["args"])
             return MeasuredRun(path, name, result)
         reason = f"{', '.join(wrong)} makes no sense"

@@ -32,7 +32,7 @@ def checkpoint_parser(description, name="checkpoint", *, help="a run's folder or
     help_text = "the class of the run's attention again, if it is your own: its file is run"
     add("--attention", metavar="FILE.py:Class", help=help_text)
     add("--data-dir", metavar="DIR", help="where the run's images are, if they have moved since training")
-    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
+    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: where training kept them)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     return parser
 

@@ -190,7 +190,6 @@ def batches_by_workers(crops, device, workers):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            advice = "if memory was used up, fewer --workers take less"
-            raise UserError(f"one of the {workers} --workers that decode images was killed; {advice}") from error
+            raise UserError(f"one of {workers} --workers was killed; if memory was used up, fewer take less") from error
 
     return stream

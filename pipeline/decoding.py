@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from errors import UserError, bar_disabled, with_an_end
+from errors import UserError, bar_disabled, regular_file
 
 ONE_SPEAKER = Lock()
 
@@ -21,7 +21,7 @@ ONE_SPEAKER = Lock()
 def open_image(path):
     """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
     try:
-        with Image.open(path if hasattr(path, "read") else with_an_end(path)) as image:
+        with Image.open(path if hasattr(path, "read") else regular_file(path)) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             yield image

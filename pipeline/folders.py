@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError, with_an_end
+from errors import UserError, regular_file
 from files import write_atomically
 from pipeline.decoding import decode_images
 
@@ -128,9 +128,8 @@ def subfolders(folder):
 def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
-            if entry.name in RUN_FILES or (
-                depth and entry.is_dir(follow_symlinks=False) and holds_runs(entry, depth - 1)
-            ):
+            below = depth and entry.is_dir(follow_symlinks=False)
+            if entry.name in RUN_FILES or (below and holds_runs(entry, depth - 1)):
                 return True
     return False
 
@@ -177,7 +176,7 @@ def readable_names(root, class_folders):
     if not path.exists():
         return [*map(printable, class_folders)]
     try:
-        text = with_an_end(path).read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     names = {}

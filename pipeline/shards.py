@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from errors import UserError, import_optional, with_an_end
+from errors import UserError, import_optional, regular_file
 from pipeline.batches import RATIO
 from pipeline.crops import Crops
 from pipeline.decoding import decode_images
@@ -50,9 +50,8 @@ def find_shards(pattern):
         )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
-        return splits, wds.gopen(
-            path if urlparse(path).scheme else with_an_end(path)
-        ).read().decode().strip().splitlines()
+        file = wds.gopen(path if urlparse(path).scheme else regular_file(path))
+        return splits, file.read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
 
@@ -62,7 +61,7 @@ def read_shards(urls, classes):
     wds, sample = import_optional("webdataset"), None
     try:
         for url in (url for url in urls if not urlparse(url).scheme):
-            with_an_end(url)
+            regular_file(url)
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
             name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
             ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)

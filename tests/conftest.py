@@ -38,18 +38,6 @@ def matmul_settings():
 
 
 @pytest.fixture
-def tried():
-    """A function that notes what a test of faults tried, and how often, in the file that FAULTS_LOG names."""
-
-    def note(what, count=1, **more):
-        if path := os.environ.get("FAULTS_LOG"):
-            with open(path, "a") as file:
-                file.write(json.dumps({"what": what, "count": count, **more}) + "\n")
-
-    return note
-
-
-@pytest.fixture
 def image_folder(tmp_path):
     """A folder of 3 classes of 20 images, without splits of its own."""
     return write_images(tmp_path / "pets", classes=("ant", "bee", "cat"), count=20)

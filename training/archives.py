@@ -9,7 +9,7 @@ from textwrap import shorten
 
 import torch
 
-from errors import UserError, with_an_end
+from errors import UserError, regular_file
 
 DIGEST_SIZE = 32  # bytes
 
@@ -53,7 +53,7 @@ def read_archive(path, what_is_wrong, device="cpu"):
     """
     with read_from_outside(what_is_wrong):
         damaged = None
-        with open(with_an_end(path), "rb") as file:
+        with open(regular_file(path), "rb") as file:
             if file.read(2) == b"PK":
                 archive = zipfile.ZipFile(file)
                 if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):  # torch compresses none

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from errors import with_an_end
+from errors import regular_file
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file; the longest result has some thousand
 
 
 def read_text(path):
     """The text of a file. Raises OSError or ValueError if it cannot be read, never ends, or is above LARGEST_TEXT."""
-    with open(with_an_end(Path(path)), "rb") as file:
+    with open(regular_file(Path(path)), "rb") as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
         raise ValueError(f"it has more than {LARGEST_TEXT // 2**20} MiB")

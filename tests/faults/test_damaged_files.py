@@ -1,5 +1,7 @@
 """Files of a run that are damaged, or are something else: named in one line, or replaced."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import compare
 import rollout
 import train_vit
 from errors import UserError
+from files import write_atomically
 from maps.commands import read_table
 from training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -29,6 +32,13 @@ def run(tmp_path_factory):
     flags = ["--dataset", "shapes", "--train-per-class", "2", "--epochs", "1", "--embed-dim", "16", "--depth", "1"]
     train_vit.main([*flags, "--num-heads", "1", "--device", "cpu", "--out-dir", str(folder.parent)])
     return folder
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "device")
+    with pytest.raises(UserError, match="device cannot be written [(]it is no regular file"):
+        write_atomically(tmp_path / "device", lambda file: file.write(b"x"))
+    assert (tmp_path / "device").is_fifo() and len(os.listdir(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("text", JSON)

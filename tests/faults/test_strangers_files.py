@@ -45,23 +45,7 @@ from training.weights import start_from_weights
 
 SECONDS = 10
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
-OTHERS = [
-    None,
-    True,
-    -1,
-    0,
-    2**31,
-    10**30,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "a\nb\0",
-    "\ud800",
-    "../x",
-    "é" * 99,
-]
+OTHERS = [None, True, -1, 0, 2**31, 10**30, 0.5, float("nan"), float("inf"), "", "x", "a\nb\0", "\ud800", "../x"]
 OTHERS += [[], [1], ["a"], [[]], {}, {"a": 1}, {"": []}]
 TENSORS = [torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 2, dtype=torch.int64), torch.tensor(1).expand(10**12)]
 LITERALS = [
@@ -278,7 +262,7 @@ def test_a_damaged_file_is_read_or_refused(kind, count, kinds, tmp_path, tried):
 
     attempt()
     assert not [*tmp_path.iterdir()]
-    tried("inputs from strangers", next(tries), kind=kind)
+    tried(f"damaged or crafted: {kind.replace('_', ' ')}", next(tries))
 
 
 class Code:
@@ -323,7 +307,7 @@ def test_nothing_in_a_file_runs(place, tmp_path, tried, monkeypatch):
         np.savez(tmp_path / cache.name, listing=there["listing"], array=np.array([code], dtype=object))
     load_dataset("folder", data_dir="pets", image_size=16, cache_dir=tmp_path)
     assert not ran.exists()
-    tried("files that would run code", len(checkpoints) * 4 + 4)
+    tried("a file that would run code", len(checkpoints) * 4 + 4)
 
 
 def test_a_class_of_a_checkpoint_is_a_folder_in_the_output_or_nothing(place, tmp_path):

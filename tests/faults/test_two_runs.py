@@ -15,7 +15,7 @@ from training.folder import lock, unlock
 pytest.importorskip("fcntl")  # Windows has no such locks
 
 
-def test_a_folder_belongs_to_one_run_until_that_dies(folder_flags, tmp_path, capsys):
+def test_a_folder_belongs_to_one_run_until_that_dies(folder_flags, tmp_path, capsys, tried):
     flags = [*folder_flags, "--run-name", "mine", "--epochs", "5000", "--save-minutes", "0.001"]
     folder = tmp_path / "runs" / "mine"
     first = subprocess.Popen([sys.executable, "train_vit.py", *flags], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
@@ -25,6 +25,7 @@ def test_a_folder_belongs_to_one_run_until_that_dies(folder_flags, tmp_path, cap
         for again in (["--resume", "auto"], ["--overwrite"]):
             with pytest.raises(UserError, match=rf"mine: another run writes to it \(process {first.pid} on .*\)"):
                 train_vit.main([*flags, *again])
+            tried("a second run on one folder")
         assert first.poll() is None and (folder / "last.pt").exists()
     finally:
         first.kill()
