@@ -12,6 +12,7 @@ import copy
 import ctypes
 from dataclasses import dataclass, replace
 import difflib
+import errno
 import functools
 from functools import cache, partial
 import hashlib
@@ -33,7 +34,6 @@ import re
 import stat
 import statistics
 import sys
-import tarfile
 import tempfile
 from textwrap import shorten
 from threading import Lock
@@ -52,6 +52,7 @@ import numpy as np
 from scipy.stats import rankdata
 import torch
 from torch import distributed, nn
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +80,13 @@ class UserError(ValueError):
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""
         return [f"error: {self}"]
+
+
+def regular_file(path):
+    """The path of a regular file, as it is. Raises OSError for another one: a pipe or a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
 
 
 def aligned(rows):
@@ -174,8 +182,8 @@ def write_atomically(path, write, *, previous=None):
     if not is_first_rank():
         return
     path = Path(path)
-    if not path.name:
-        raise UserError(f"{path} cannot be written (it is a folder)")
+    if not path.name or (path.exists() and not path.is_file()):  # a device, such as /dev/null, would be replaced
+        raise UserError(f"{path} cannot be written (it is no regular file)")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -1498,10 +1506,12 @@ ONE_SPEAKER = Lock()
 def open_image(path):
     """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if hasattr(path, "read") else regular_file(path)) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded as an image ({error})") from error
+    except Exception as error:  # what a damaged file raises is open-ended
+        raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 
 
 @cache
@@ -1537,6 +1547,9 @@ def upright_image(path, size, channels=3):
     A large JPEG is decoded smaller, but no side is shorter than size.
     """
     with open_image(path) as image:
+        short, long = sorted(image.size)
+        if size * size * long // short > Image.MAX_IMAGE_PIXELS:  # once its short side has this size
+            raise ValueError(f"one of its sides is {long // short:,} times as long as the other")
         image.draft("RGB", (size, size))
         return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 
@@ -1697,7 +1710,8 @@ def subfolders(folder):
 def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
-            if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
+            below = depth and entry.is_dir(follow_symlinks=False)
+            if entry.name in RUN_FILES or (below and holds_runs(entry, depth - 1)):
                 return True
     return False
 
@@ -1744,7 +1758,7 @@ def readable_names(root, class_folders):
     if not path.exists():
         return [*map(printable, class_folders)]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     names = {}
@@ -1784,8 +1798,8 @@ def cached_array(root, name, files, make, cache_dir):
         with np.load(cache) as saved:
             if saved["listing"] == listing:
                 return saved["array"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged
+    except Exception:
+        pass  # missing or damaged; what that raises is open-ended
     array = make()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -1932,6 +1946,74 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, ch
     images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir, channels)
     parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}
+
+
+# ---- pipeline/pixels.py: What all pixels of a dataset say: their statistics, and which images stand in two splits.
+
+SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
+TESTED = {"val": "validation", "test": "test"}  # {split: what its images are called}
+
+
+def resized(images, size):
+    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
+    sides = both_sides(size)
+    if images.shape[2:] == sides:
+        return images
+    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
+
+    For large images they are computed from a sample, the same whether the images are kept in memory or not.
+    """
+    if torch.is_tensor(images):
+        return statistics_of_chunks(images.split(1000))
+    some = images[:: -(-len(images) // SAMPLE)]
+    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
+    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
+
+
+def statistics_of_chunks(chunks):
+    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
+    count, total, squares = 0, 0, 0
+    for chunk in chunks:
+        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
+        count += chunk.shape[1]
+        total += chunk.sum(1)
+        squares += (chunk * chunk).sum(1)
+    mean = total.double() / count
+    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
+    return (mean / 255).tolist(), (std / 255).tolist()
+
+
+def repeated_images(splits, seen="train", name="training"):
+    """How many validation and test images the split `seen` has as well, as text; empty if there are none.
+
+    Images of one size are compared by their pixels, LargeImages by the bytes of their files.
+    """
+    learnt, found = splits[seen].images, []
+    tested = {key: splits[key].images for key in TESTED if key in splits}
+    sizes = set()
+    if not torch.is_tensor(learnt):
+        sizes = {*learnt.files[:, 1]} & {size for images in tested.values() for size in images.files[:, 1]}
+    known = {*contents(learnt, sizes)}
+    for key, images in tested.items():
+        if count := sum(content in known for content in contents(images, sizes)):
+            found.append(f"{count:,} of {len(images):,} {TESTED[key]} images")
+    return f"{' and '.join(found)} are {name} images as well" if found else ""
+
+
+def contents(images, sizes):
+    """A number for the content of each image, 64 bits; of LargeImages, for that of each file whose size is in sizes."""
+    if torch.is_tensor(images):
+        yield from (hash(image.tobytes()) for image in images.numpy())
+        return
+    for path in (path for path, size, _ in images.files if size in sizes):
+        try:
+            yield hash(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 # ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
@@ -2265,7 +2347,8 @@ def find_shards(pattern):
         )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
-        return splits, wds.gopen(path).read().decode().strip().splitlines()
+        file = wds.gopen(path if urlparse(path).scheme else regular_file(path))
+        return splits, file.read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
 
@@ -2274,6 +2357,8 @@ def read_shards(urls, classes):
     """(image as a Member, label) of each sample. Raises UserError if a shard or a sample cannot be used."""
     wds, sample = import_optional("webdataset"), None
     try:
+        for url in (url for url in urls if not urlparse(url).scheme):
+            regular_file(url)
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
             name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
             ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)
@@ -2282,7 +2367,9 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except (OSError, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")
@@ -2349,7 +2436,6 @@ def read_webdataset(args):
 
 SHAPES = ("shapes", "shapes_even", "shapes_pair", "shapes_shuffled")  # drawn, with a mask of each shape
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
-SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
 class Split(NamedTuple):
@@ -2384,6 +2470,7 @@ class Dataset(NamedTuple):
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
     extra: Split | None = None  # with --extra-data: generated images that training mixes in
+    repeated: str = ""  # how many images of other splits are training images as well
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -2392,7 +2479,8 @@ class Dataset(NamedTuple):
         train = self.train.pick(torch.arange(count) * most // count)
         large = isinstance(train.images, LargeImages)
         test = train._replace(images=train.images.centre_crops("overfit")) if large else train
-        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
+        name = f"{count} images of {self.name}, by heart"
+        return self._replace(name=name, train=train, val=None, test=test, repeated="")
 
     def splits(self):
         """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
@@ -2460,11 +2548,13 @@ def load_dataset(
     if train_per_class:
         seed = how_to_split.get("split_seed", 0), 2
         splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
+    repeated = repeated_images(splits)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
+    parts = (splits.get(key) for key in ("train", "val", "test"))
+    return Dataset(name, classes, *parts, mean, std, whole_hash=whole, repeated=repeated)
 
 
 def dataset_of(args, statistics=None):
@@ -2484,8 +2574,9 @@ def dataset_of(args, statistics=None):
     if getattr(args, "overfit", None):
         dataset = dataset.learnt_by_heart(args.overfit)
     if getattr(args, "extra_data", None):
-        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
-        dataset = dataset._replace(extra=Split(*extra))
+        extra = Split(*read_extra(args.extra_data, dataset.classes, dataset.train.images))
+        repeated = [dataset.repeated, repeated_images({**dataset.splits(), "extra": extra}, "extra", "extra")]
+        dataset = dataset._replace(extra=extra, repeated="; ".join(filter(None, repeated)))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -2509,39 +2600,6 @@ def read_cifar(name, data_dir):
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         splits[split] = (images, found.targets, np.arange(len(images)))
     return found.classes, splits
-
-
-def resized(images, size):
-    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
-    sides = both_sides(size)
-    if images.shape[2:] == sides:
-        return images
-    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
-
-
-def channel_statistics(images):
-    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
-
-    For large images they are computed from a sample, the same whether the images are kept in memory or not.
-    """
-    if not isinstance(images, LargeImages):
-        return statistics_of_chunks(images.split(1000))
-    some = images[:: -(-len(images) // SAMPLE)]
-    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
-    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
-
-
-def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
-    count, total, squares = 0, 0, 0
-    for chunk in chunks:
-        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
-        count += chunk.shape[1]
-        total += chunk.sum(1)
-        squares += (chunk * chunk).sum(1)
-    mean = total.double() / count
-    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
-    return (mean / 255).tolist(), (std / 255).tolist()
 
 
 # ---- training/archives.py: Files of torch.save: written with a digest, opened without running code, and whatever is wrong with them one line.
@@ -2580,14 +2638,75 @@ def read_archive(path, what_is_wrong, device="cpu"):
     """
     with read_from_outside(what_is_wrong):
         damaged = None
-        with open(path, "rb") as file:
+        with open(regular_file(path), "rb") as file:
             if file.read(2) == b"PK":
                 archive = zipfile.ZipFile(file)
+                if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):  # torch compresses none
+                    raise UserError(f"{path} is damaged (it would fill the memory with more than it holds)")
                 right = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) if archive.comment else b""
                 damaged = archive.testzip() if right == archive.comment == b"" else right != archive.comment
         if damaged:
             raise UserError(f"{path} is damaged (its checksum is wrong)")
         return torch.load(path, map_location=device, weights_only=True)
+
+
+# ---- training/ranks.py: Several processes (ranks) that train one model, started by torchrun: what each does, and what they agree on.
+
+def rank_and_ranks():
+    """(this process's number, the number of processes); (0, 1) without torchrun."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+# ---- training/memory.py: What to say if training fails: what a batch took that does not fit into the memory, and which size should fit.
+
+def explained(error, run):
+    """The UserError for an exception that training raised; None if it is a bug, or a UserError already."""
+    if is_memory_error(error):
+        return memory_error(error, run)
+    if "more than 1 value per channel" in str(error):
+        said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
+        return UserError(f"--batch-size {run.args.batch_size}: {said}")
+    if "does not have a deterministic implementation" in str(error):
+        return UserError(f"--deterministic: {str(error).splitlines()[0]}")
+    if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
+        return UserError(f"another process of this run has ended; {run.folder}/last.pt holds what was saved")
+
+
+def memory_error(error, run):
+    """A UserError with the batch size, what it took, and the largest batch that should fit (on a GPU)."""
+    took, fits = "", ""
+    traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
+    if run.device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(run.device)
+        took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
+        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            if not hasattr(run.model, "generate") and (size := largest_batch(run)):
+                fits = f"; {size} should fit"
+    kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
+    patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"
+    fewer = "; a larger --patch-size takes less, too" if patches else ""
+    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{fewer}{kept}")
+
+
+def largest_batch(run):
+    """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
+    weights alone fill the memory."""
+    device, shape = run.device, run.dataset.test.images.shape[1:]  # (C, H, W)
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with run.precision.autocast():
+        run.model(torch.zeros(8, *shape, device=device)).sum().backward()
+    per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and state that the optimiser may not have yet
+    most = max(0, int(0.9 * room / per_image))
+    return 2 ** (most.bit_length() - 1) if most else 0
 
 
 # ---- training/device.py: The device: its precision, its name, its memory, and torch.compile on it.
@@ -2875,6 +2994,11 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
+def all_finite(weights):
+    """Whether no number in these tensors is infinite or NaN; waits for the device."""
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
 def image_shape(channels, size):
     """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
     return channels, *((size, size) if isinstance(size, int) else size)
@@ -2887,8 +3011,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len),
-    "ema": (dict[str, torch.Tensor] | None,),
+    "weights": (dict[str, torch.Tensor], len, all_finite),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -2976,6 +3100,30 @@ def rebuild_model(checkpoint, build_model, *, attention=None, generates=False, t
         if trained:
             model.load_state_dict(evaluated_weights(checkpoint))
     return model.eval()
+
+
+# ---- training/records.py: Text that others may have written: results, plans, records of images, evaluations.
+
+LARGEST_TEXT = 64 * 2**20  # bytes of a file; the longest result has some thousand
+
+
+def read_text(path):
+    """The text of a file. Raises OSError or ValueError if it cannot be read, never ends, or is above LARGEST_TEXT."""
+    with open(regular_file(Path(path)), "rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it has more than {LARGEST_TEXT // 2**20} MiB")
+    return content.decode().replace("\r\n", "\n")
+
+
+def read_json(path):
+    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or its text no text."""
+    try:
+        value = json.loads(read_text(path))
+        json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half of a character, as in \\ud800
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return value
 
 
 # ---- training/weights.py: The weights that a run starts from: of another run, or of a file that another program wrote.
@@ -3514,7 +3662,7 @@ def checkpoint_parser(description, name="checkpoint", *, help="a run's folder or
     help_text = "the class of the run's attention again, if it is your own: its file is run"
     add("--attention", metavar="FILE.py:Class", help=help_text)
     add("--data-dir", metavar="DIR", help="where the run's images are, if they have moved since training")
-    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: the user's cache folder)")
+    add("--cache-dir", metavar="DIR", help="where decoded folders are kept (default: where training kept them)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     return parser
 
@@ -3593,7 +3741,7 @@ def scores_text(table):
 def read_table(path):
     """What an evaluation.json holds; None if there is none, or a damaged one, which is then replaced."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError):
         return None
     whole = is_of_kind(record, dict[str, object]) and "scores" in record

@@ -39,7 +39,6 @@ import stat
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 from textwrap import shorten
 import threading
@@ -97,6 +96,13 @@ class UserError(ValueError):
     def _render_traceback_(self):
         """What IPython shows in a notebook: the line alone."""
         return [f"error: {self}"]
+
+
+def regular_file(path):
+    """The path of a regular file, as it is. Raises OSError for another one: a pipe or a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
 
 
 def import_optional(name, install=None):
@@ -182,8 +188,8 @@ def write_atomically(path, write, *, previous=None):
     if not is_first_rank():
         return
     path = Path(path)
-    if not path.name:
-        raise UserError(f"{path} cannot be written (it is a folder)")
+    if not path.name or (path.exists() and not path.is_file()):  # a device, such as /dev/null, would be replaced
+        raise UserError(f"{path} cannot be written (it is no regular file)")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -1272,10 +1278,15 @@ def batches_by_workers(crops, device, workers):
 
     def stream(keys):
         pending[:] = keys
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"one of {workers} --workers was killed; if memory was used up, fewer take less") from error
 
     return stream
 
@@ -1289,10 +1300,12 @@ ONE_SPEAKER = Lock()
 def open_image(path):
     """A PIL image, not decoded yet. Raises UserError if it cannot be opened, or decoded in the block."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if hasattr(path, "read") else regular_file(path)) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded as an image ({error})") from error
+    except Exception as error:  # what a damaged file raises is open-ended
+        raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 
 
 @cache
@@ -1328,6 +1341,9 @@ def upright_image(path, size, channels=3):
     A large JPEG is decoded smaller, but no side is shorter than size.
     """
     with open_image(path) as image:
+        short, long = sorted(image.size)
+        if size * size * long // short > Image.MAX_IMAGE_PIXELS:  # once its short side has this size
+            raise ValueError(f"one of its sides is {long // short:,} times as long as the other")
         image.draft("RGB", (size, size))
         return eight_bits(ImageOps.exif_transpose(image), image.format).convert("L" if channels == 1 else "RGB")
 
@@ -1488,7 +1504,8 @@ def subfolders(folder):
 def holds_runs(folder, depth=2):
     with suppress(OSError):  # list_images names a folder that cannot be read
         for entry in os.scandir(folder):
-            if entry.name in RUN_FILES or (depth and entry.is_dir() and holds_runs(entry, depth - 1)):
+            below = depth and entry.is_dir(follow_symlinks=False)
+            if entry.name in RUN_FILES or (below and holds_runs(entry, depth - 1)):
                 return True
     return False
 
@@ -1535,7 +1552,7 @@ def readable_names(root, class_folders):
     if not path.exists():
         return [*map(printable, class_folders)]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     names = {}
@@ -1575,8 +1592,8 @@ def cached_array(root, name, files, make, cache_dir):
         with np.load(cache) as saved:
             if saved["listing"] == listing:
                 return saved["array"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged
+    except Exception:
+        pass  # missing or damaged; what that raises is open-ended
     array = make()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -1730,6 +1747,74 @@ def read_large_folder(root, image_size, cache_dir=None, *, crop_pct=CROP_PCT, ch
     images = LargeImages(root, np.array(files, dtype=object), sizes, image_size, crop_pct, cache_dir, channels)
     parts = torch.arange(len(files)).split([len(labels) for labels, _ in splits.values()])
     return names, {split: (images[part], *splits[split]) for split, part in zip(splits, parts)}
+
+
+# ---- pipeline/pixels.py: What all pixels of a dataset say: their statistics, and which images stand in two splits.
+
+SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
+TESTED = {"val": "validation", "test": "test"}  # {split: what its images are called}
+
+
+def resized(images, size):
+    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
+    sides = both_sides(size)
+    if images.shape[2:] == sides:
+        return images
+    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
+
+    For large images they are computed from a sample, the same whether the images are kept in memory or not.
+    """
+    if torch.is_tensor(images):
+        return statistics_of_chunks(images.split(1000))
+    some = images[:: -(-len(images) // SAMPLE)]
+    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
+    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
+
+
+def statistics_of_chunks(chunks):
+    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
+    count, total, squares = 0, 0, 0
+    for chunk in chunks:
+        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
+        count += chunk.shape[1]
+        total += chunk.sum(1)
+        squares += (chunk * chunk).sum(1)
+    mean = total.double() / count
+    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
+    return (mean / 255).tolist(), (std / 255).tolist()
+
+
+def repeated_images(splits, seen="train", name="training"):
+    """How many validation and test images the split `seen` has as well, as text; empty if there are none.
+
+    Images of one size are compared by their pixels, LargeImages by the bytes of their files.
+    """
+    learnt, found = splits[seen].images, []
+    tested = {key: splits[key].images for key in TESTED if key in splits}
+    sizes = set()
+    if not torch.is_tensor(learnt):
+        sizes = {*learnt.files[:, 1]} & {size for images in tested.values() for size in images.files[:, 1]}
+    known = {*contents(learnt, sizes)}
+    for key, images in tested.items():
+        if count := sum(content in known for content in contents(images, sizes)):
+            found.append(f"{count:,} of {len(images):,} {TESTED[key]} images")
+    return f"{' and '.join(found)} are {name} images as well" if found else ""
+
+
+def contents(images, sizes):
+    """A number for the content of each image, 64 bits; of LargeImages, for that of each file whose size is in sizes."""
+    if torch.is_tensor(images):
+        yield from (hash(image.tobytes()) for image in images.numpy())
+        return
+    for path in (path for path, size, _ in images.files if size in sizes):
+        try:
+            yield hash(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 # ---- pipeline/splits.py: Splits that a dataset does not come with: of every class the same share, and images of one object on one side.
@@ -2446,7 +2531,8 @@ def find_shards(pattern):
         )
     path = f"{os.path.dirname(urls[0]) or '.'}/classes.txt"
     try:
-        return splits, wds.gopen(path).read().decode().strip().splitlines()
+        file = wds.gopen(path if urlparse(path).scheme else regular_file(path))
+        return splits, file.read().decode().strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): a line for the name of class 0, of class 1 ...") from error
 
@@ -2455,6 +2541,8 @@ def read_shards(urls, classes):
     """(image as a Member, label) of each sample. Raises UserError if a shard or a sample cannot be used."""
     wds, sample = import_optional("webdataset"), None
     try:
+        for url in (url for url in urls if not urlparse(url).scheme):
+            regular_file(url)
         for sample in wds.DataPipeline(wds.SimpleShardList(urls), wds.tarfile_to_samples()):
             name, label = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}", sample.get("cls", b"").strip()
             ending = next((ending for ending in EXTENSIONS if ending[1:] in sample), None)
@@ -2463,7 +2551,9 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except (OSError, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")
@@ -2561,7 +2651,6 @@ def implied_dataset(given):
 SHAPES = ("shapes", "shapes_even", "shapes_pair", "shapes_shuffled")  # drawn, with a mask of each shape
 DATASETS = ("cifar10", "cifar100", *SHAPES, "folder", "webdataset", *IMAGENETTES)
 SMALL = 64  # up to this --image-size, a folder's images are resized when they are decoded
-SAMPLE = 2000  # the number of large images from which mean and standard deviation are computed
 
 
 class Split(NamedTuple):
@@ -2596,6 +2685,7 @@ class Dataset(NamedTuple):
     std: list[float]
     whole_hash: str | None = None  # with --folds: of the images of all splits, the same for each fold
     extra: Split | None = None  # with --extra-data: generated images that training mixes in
+    repeated: str = ""  # how many images of other splits are training images as well
 
     def learnt_by_heart(self, count):
         """`count` of the training images, evenly spread, which are the test images as well."""
@@ -2604,7 +2694,8 @@ class Dataset(NamedTuple):
         train = self.train.pick(torch.arange(count) * most // count)
         large = isinstance(train.images, LargeImages)
         test = train._replace(images=train.images.centre_crops("overfit")) if large else train
-        return self._replace(name=f"{count} images of {self.name}, by heart", train=train, val=None, test=test)
+        name = f"{count} images of {self.name}, by heart"
+        return self._replace(name=name, train=train, val=None, test=test, repeated="")
 
     def splits(self):
         """{"train", "val" if there is one, "test", "extra" if there are any: Split}."""
@@ -2672,11 +2763,13 @@ def load_dataset(
     if train_per_class:
         seed = how_to_split.get("split_seed", 0), 2
         splits["train"] = some_of_each_class(splits["train"], classes, train_per_class, seed=seed)
+    repeated = repeated_images(splits)
     if large:
         for key in splits.keys() - {"train"}:
             splits[key] = splits[key]._replace(images=splits[key].images.centre_crops(key))
     mean, std = channel_statistics(splits["train"].images)
-    return Dataset(name, classes, splits["train"], splits.get("val"), splits["test"], mean, std, whole)
+    parts = (splits.get(key) for key in ("train", "val", "test"))
+    return Dataset(name, classes, *parts, mean, std, whole_hash=whole, repeated=repeated)
 
 
 def dataset_of(args, statistics=None):
@@ -2696,8 +2789,9 @@ def dataset_of(args, statistics=None):
     if getattr(args, "overfit", None):
         dataset = dataset.learnt_by_heart(args.overfit)
     if getattr(args, "extra_data", None):
-        extra = read_extra(args.extra_data, dataset.classes, dataset.train.images)
-        dataset = dataset._replace(extra=Split(*extra))
+        extra = Split(*read_extra(args.extra_data, dataset.classes, dataset.train.images))
+        repeated = [dataset.repeated, repeated_images({**dataset.splits(), "extra": extra}, "extra", "extra")]
+        dataset = dataset._replace(extra=extra, repeated="; ".join(filter(None, repeated)))
     return dataset._replace(mean=statistics[0], std=statistics[1]) if statistics else dataset
 
 
@@ -2723,41 +2817,10 @@ def read_cifar(name, data_dir):
     return found.classes, splits
 
 
-def resized(images, size):
-    """Images (N, C, H, W) uint8 resized to size, as both_sides knows it, with antialiasing."""
-    sides = both_sides(size)
-    if images.shape[2:] == sides:
-        return images
-    return torch.cat([resize(chunk, list(sides), antialias=True) for chunk in images.split(1000)])
-
-
-def channel_statistics(images):
-    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
-
-    For large images they are computed from a sample, the same whether the images are kept in memory or not.
-    """
-    if not isinstance(images, LargeImages):
-        return statistics_of_chunks(images.split(1000))
-    some = images[:: -(-len(images) // SAMPLE)]
-    chunks = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in by_all_cores(some.decode, range(len(some))))
-    return some.cached("statistics", lambda: np.array(statistics_of_chunks(chunks))).tolist()
-
-
-def statistics_of_chunks(chunks):
-    """channel_statistics of all images in the chunks, each (N, C, H, W) uint8."""
-    count, total, squares = 0, 0, 0
-    for chunk in chunks:
-        chunk = chunk.transpose(0, 1).flatten(1).to(torch.int64)
-        count += chunk.shape[1]
-        total += chunk.sum(1)
-        squares += (chunk * chunk).sum(1)
-    mean = total.double() / count
-    std = (squares.double() / count - mean**2).sqrt().clamp(min=1)  # a channel of one value is not scaled
-    return (mean / 255).tolist(), (std / 255).tolist()
-
-
 def describe(dataset):
-    """One line per split: how many images it has, and how many of each class."""
+    """One line per split: how many images it has, and how many of each class; a warning of repeated ones on stderr."""
+    if dataset.repeated and is_first_rank():
+        print(f"warning: {dataset.repeated}", file=sys.stderr)
     lines = []
     for key, split in dataset.splits().items():
         if split.images is None:
@@ -2816,9 +2879,11 @@ def read_archive(path, what_is_wrong, device="cpu"):
     """
     with read_from_outside(what_is_wrong):
         damaged = None
-        with open(path, "rb") as file:
+        with open(regular_file(path), "rb") as file:
             if file.read(2) == b"PK":
                 archive = zipfile.ZipFile(file)
+                if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):  # torch compresses none
+                    raise UserError(f"{path} is damaged (it would fill the memory with more than it holds)")
                 right = digest_of(file, os.path.getsize(path) - DIGEST_SIZE) if archive.comment else b""
                 damaged = archive.testzip() if right == archive.comment == b"" else right != archive.comment
         if damaged:
@@ -2926,6 +2991,13 @@ def any_rank(*flags):
     return [bool(flag) for flag in flags]
 
 
+def warn_of(run, text):
+    """Print a warning on stderr, of each text one per run."""
+    if text not in run.warnings and rank_and_ranks()[0] == 0:
+        print(f"warning: {text}", file=sys.stderr)
+    run.warnings.add(text)
+
+
 def rank_words():
     """What a rank's dropout is seeded by, beside the batch; nothing on the first rank."""
     rank, _ = rank_and_ranks()
@@ -3031,6 +3103,57 @@ def shared_forward(model, args, device):
     if not args.fsdp:
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     return shard_model(model, device, ranks)
+
+
+# ---- training/memory.py: What to say if training fails: what a batch took that does not fit into the memory, and which size should fit.
+
+def explained(error, run):
+    """The UserError for an exception that training raised; None if it is a bug, or a UserError already."""
+    if is_memory_error(error):
+        return memory_error(error, run)
+    if "more than 1 value per channel" in str(error):
+        said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
+        return UserError(f"--batch-size {run.args.batch_size}: {said}")
+    if "does not have a deterministic implementation" in str(error):
+        return UserError(f"--deterministic: {str(error).splitlines()[0]}")
+    if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
+        return UserError(f"another process of this run has ended; {run.folder}/last.pt holds what was saved")
+
+
+def memory_error(error, run):
+    """A UserError with the batch size, what it took, and the largest batch that should fit (on a GPU)."""
+    took, fits = "", ""
+    traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
+    if run.device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(run.device)
+        took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
+        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            if not hasattr(run.model, "generate") and (size := largest_batch(run)):
+                fits = f"; {size} should fit"
+    kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
+    patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"
+    fewer = "; a larger --patch-size takes less, too" if patches else ""
+    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{fewer}{kept}")
+
+
+def largest_batch(run):
+    """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
+    weights alone fill the memory."""
+    device, shape = run.device, run.dataset.test.images.shape[1:]  # (C, H, W)
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with run.precision.autocast():
+        run.model(torch.zeros(8, *shape, device=device)).sum().backward()
+    per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
+    run.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and state that the optimiser may not have yet
+    most = max(0, int(0.9 * room / per_image))
+    return 2 ** (most.bit_length() - 1) if most else 0
 
 
 # ---- training/device.py: The device: its precision, its name, its memory, and torch.compile on it.
@@ -3209,58 +3332,13 @@ def compiled_forward(model, args, *, device, num_images):
 
 @contextlib.contextmanager
 def memory_watched(run):
-    """A context in which running out of memory is a UserError (see memory_error), and so is BatchNorm on one value."""
+    """A context in which running out of memory is a UserError, and so are a few other failures (see explained)."""
     try:
         yield
     except Exception as error:
-        if is_memory_error(error):
-            raise memory_error(error, run) from error
-        if "more than 1 value per channel" in str(error):
-            said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
-            raise UserError(f"--batch-size {run.args.batch_size}: {said}") from error
-        if "does not have a deterministic implementation" in str(error):
-            raise UserError(f"--deterministic: {str(error).splitlines()[0]}") from error
-        if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
-            raise UserError(
-                f"another process of this run has ended; {run.folder}/last.pt holds what was saved"
-            ) from error
+        if said := explained(error, run):
+            raise said from error
         raise
-
-
-def memory_error(error, run):
-    """A UserError with the batch size, what it took, and the largest batch that should fit (on a GPU)."""
-    took, fits = "", ""
-    traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
-    if run.device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(run.device)
-        took = f" into the {whole / 2**30:.1f} GiB of {torch.cuda.get_device_name(run.device)}"
-        took += f": it took {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB and needed more"
-        with contextlib.suppress(torch.OutOfMemoryError):
-            if not hasattr(run.model, "generate") and (size := largest_batch(run)):
-                fits = f"; {size} should fit"
-    kept = f"; {run.folder}/last.pt holds what was done" if (run.folder / "last.pt").exists() else ""
-    patches = "patch_size" in run.model_args and run.model_args.get("attention") != "none"
-    fewer = "; a larger --patch-size takes less, too" if patches else ""
-    return UserError(f"--batch-size {run.args.batch_size} does not fit{took}{fits}{fewer}{kept}")
-
-
-def largest_batch(run):
-    """The largest power of two that should fit, estimated from a forward and backward pass on eight images; 0 if the
-    weights alone fill the memory."""
-    device, shape = run.device, run.dataset.test.images.shape[1:]  # (C, H, W)
-    run.optimizer.zero_grad()
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    with run.precision.autocast():
-        run.model(torch.zeros(8, *shape, device=device)).sum().backward()
-    per_image = (torch.cuda.max_memory_allocated(device) - held) / 8
-    run.optimizer.zero_grad()
-    torch.cuda.empty_cache()
-    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    room = torch.cuda.mem_get_info(device)[0] - 4 * weights  # gradients, and state that the optimiser may not have yet
-    most = max(0, int(0.9 * room / per_image))
-    return 2 ** (most.bit_length() - 1) if most else 0
 
 
 # ---- training/values.py: The types of flags: what turns their text into values, or says what would be right.
@@ -3350,12 +3428,12 @@ ESSENTIAL = {
 FLAG_KINDS = {
     # kept when a run is resumed, unless given again; left out of results
     **dict.fromkeys(("data_dir", "cache_dir", "device", "save_minutes", "save_epochs", "init_from"), "place"),
-    **dict.fromkeys(("log", "log_steps", "sample_epochs"), "place"),
+    **dict.fromkeys(("log", "log_steps", "sample_epochs", "on_nan"), "place"),
     # not kept when a run is resumed; left out of results
     **dict.fromkeys(("cache_gib", "workers", "profile", "fsdp", "sync_bn"), "machine"),
     # the same, and not allowed in a plan: they belong to one start
     **dict.fromkeys(("out_dir", "run_name", "resume", "overwrite", "minutes", "skip_test"), "start"),
-    **dict.fromkeys(("summary", "find_lr", "help", "help_all"), "start"),
+    **dict.fromkeys(("summary", "help", "help_all"), "start"),
 }
 
 
@@ -3437,7 +3515,6 @@ def make_parser(script, description, *, recipes, datasets, policies):
     add("--help-all", action="store_true", help="show all flags")
     add("--recipe", choices=recipes, metavar="NAME", help=f"a set of defaults: {', '.join(recipes)}")
     add("--summary", action="store_true", help="print the model, draw the schedule, and stop")
-    add("--find-lr", action="store_true", help="sweep the learning rate in short runs, suggest one, and stop")
     add_data_flags(parser.add_argument_group("images"), datasets)
     add_augmentation_flags(parser.add_argument_group("augmentation, random for every image"), policies)
     add_optimizer_flags(parser.add_argument_group("training"))
@@ -3538,6 +3615,7 @@ def add_schedule_flags(group):
     help_text = "limit the gradient's norm, say to 1, if the loss jumps; none: do not"
     add("--clip-grad", type=number(above=0, optional=True), metavar="NORM", help=help_text)
     add("--clip-value", type=positive, metavar="V", help="limit each element of the gradient")
+    add("--on-nan", choices=("stop", "skip", "rollback"), default="stop", help="what to do if the loss is not finite")
     add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better validation accuracy")
 
 
@@ -3582,7 +3660,7 @@ def new_sums(device):
 
 def loss_and_accuracy(sums):
     """The means per image, as floats, the accuracy None if the loss has no such thing: waits for the device."""
-    loss, accuracy = (sums[name].item() / sums["images"] for name in ("loss", "correct"))
+    loss, accuracy = (sums[name].item() / (sums["images"] or float("nan")) for name in ("loss", "correct"))
     return loss, None if accuracy < 0 else accuracy
 
 
@@ -3635,8 +3713,8 @@ def train_one_epoch(
         if clip_value:
             clip_grad_value_(model.parameters(), clip_value)
         scaler.step(optimizer)
-        scaler.update()
-        if average:
+        skipped = scaler.update()  # None; with --on-nan skip, whether the update was left out
+        if average and not skipped:
             average.after_step(model)
         for _ in parts:  # a schedule counts batches
             schedule.step()
@@ -3893,107 +3971,13 @@ def decaying_schedule(args, optimizer, *, steps_per_epoch):
     return cosine_schedule(optimizer, **length, warmup_epochs=warmup_epochs)
 
 
-# ---- training/find_lr.py: --find-lr: a learning rate from short sweeps, on the steepest part of the loss (Smith 2017; fastai's "steepest").
-
-LOWEST, DECADES, DECADE = 1e-7, 8, 12  # a sweep's first learning rate, its decades, and the steps of each
-SWEEP, SWEEPS = DECADES * DECADE + 1, 3  # steps of a sweep; sweeps
-
-
-def smooth(losses, share=0.9):
-    """Exponential means of a list of losses, corrected for their start at zero as in Adam."""
-    mean, means = 0.0, []
-    for count, loss in enumerate(losses, 1):
-        mean = share * mean + (1 - share) * loss
-        means.append(mean / (1 - share**count))
-    return means
-
-
-def sweep(run, train_epoch, *, first_epoch):
-    """(learning rates, smoothed losses) of steps with growing rates, until the smoothed loss is four times its best."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = LOWEST
-    schedule = LambdaLR(run.optimizer, lambda step: 10 ** (step / DECADE))
-    rates, losses, ended = [], [], False
-
-    def after_step(sums):
-        nonlocal ended
-        rates.append(sums["lr"])
-        losses.append(sums["last_loss"].item())
-        means = smooth(losses)
-        ended = len(losses) == SWEEP or not means[-1] <= 4 * min(means)  # also if it is not a number
-        return ended
-
-    while not ended:
-        train_epoch(epoch=first_epoch, sums=new_sums(run.device), schedule=schedule, after_step=after_step)
-        first_epoch += 1
-    finite = sum(map(math.isfinite, losses))
-    return rates[:finite], smooth(losses[:finite])
-
-
-def steepest(rates, losses):
-    """The middle of the decade of learning rates over which smoothed losses fall most.
-
-    The first decade is left out, as its means are of few losses, and so is what falls from above its losses: the way
-    back after a jump. Raises UserError if the losses do not fall.
-    """
-    level = max(losses[: DECADE + 1])
-    starts = [step for step in range(DECADE, len(losses) - DECADE) if losses[step] <= level]
-    falls = {losses[step] - losses[step + DECADE]: step for step in starts}
-    if max(falls, default=0) <= 0:
-        raise UserError(f"--find-lr: no learning rate from {LOWEST:g} to {rates[-1]:.1g} lowers the loss")
-    return rates[falls[max(falls)] + DECADE // 2]
-
-
-def find_lr(run, train_epoch):
-    """(learning rates, sweeps): what each sweep suggests, and its curve as (rates, smoothed losses).
-
-    train_epoch is train_one_epoch with what stays the same in all epochs. Order, augmentation and dropout follow from
-    (seed, epoch), so each sweep has epochs of its own. The run is afterwards as it was before, to the bit.
-    """
-    parts = run.model, run.optimizer, run.precision.scaler
-    states = copy.deepcopy([part.state_dict() for part in parts])
-    sweeps = []
-    with memory_watched(run), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        for number in range(SWEEPS):
-            sweeps.append(sweep(run, train_epoch, first_epoch=number * SWEEP))
-            for part, state in zip(parts, states, strict=True):
-                part.load_state_dict(copy.deepcopy(state))
-            run.optimizer.zero_grad()
-    return [steepest(*curve) for curve in sweeps], sweeps
-
-
-def draw_sweeps(path, rates, sweeps):
-    """Draw the curves of sweeps to a file, with the rate that each suggests; returns the path."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (rate, (swept, losses)) in enumerate(zip(rates, sweeps, strict=True)):
-        axes.semilogx(swept, losses, f"C{number}")
-        axes.plot(rate, losses[swept.index(rate)], f"C{number}o", label=f"{rate:.1e}")
-    low, level = min(min(losses) for _, losses in sweeps), max(max(losses[:DECADE]) for _, losses in sweeps)
-    axes.set(xlabel="learning rate", ylabel="smoothed training loss", ylim=(1.1 * low - 0.1 * level, 2 * level - low))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    make_folder(path.parent)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return path
-
-
-def print_suggestion(run, train_epoch):
-    """Print the learning rate that find_lr suggests, and draw its curves to OUT_DIR/lr-finder.png."""
-    if rank_and_ranks()[1] > 1:
-        raise UserError("--find-lr needs a single process, without torchrun")
-    rates, sweeps = find_lr(run, train_epoch)
-    seeds = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
-    print(f"--lr {statistics.median(rates):.1e} ({len(rates)} seeds: {seeds})")
-    print(f"its curves: {draw_sweeps(Path(run.args.out_dir, 'lr-finder.png'), rates, sweeps)}")
-
-
 # ---- training/outputs.py: What a run leaves behind to look at: log.csv, curves.png, split.csv, predictions.npz and result.json.
 
 COLUMNS = (  # of log.csv
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "images_per_second", "peak_memory_bytes"),
 )
+NAN_COUNTS = ("skipped_updates", "rollbacks")  # of --on-nan, also in the rows of a history if there were any
 
 
 def print_header(args, precision):
@@ -4008,11 +3992,6 @@ def print_model(name, model, cells):
     print(f"{name}, {count_parameters(model):,} parameters, a grid of {model.grid[0]} x {model.grid[1]} {cells}")
 
 
-def print_lr(run, train_epoch):
-    """Print and draw the learning rate that find_lr suggests; train_epoch is as it says."""
-    print_suggestion(run, train_epoch)
-
-
 def epoch_line(row, epochs):
     """One aligned line for the terminal."""
     width = len(str(epochs))
@@ -4022,7 +4001,27 @@ def epoch_line(row, epochs):
         if row[f"{split}_loss"] is not None
     )
     speed = f"{row['seconds']:7.1f} s {row['images_per_second']:7,.0f} images/s"
-    return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}"
+    counts = "".join(f"   {name.replace('_', ' ')}: {row[name]}" for name in NAN_COUNTS if name in row)
+    return f"epoch {row['epoch']:{width}}/{epochs}   lr {row['lr']:.2e}   {splits}   {speed}{counts}"
+
+
+def warn_if_constant(run, split, logits=None):
+    """Warn if logits (N, classes) name one class alone, and labels several; not in the first of several epochs."""
+    one_class = logits is not None and len(logits.argmax(1).unique()) == 1
+    if one_class and (run.epoch or run.args.epochs == 1) and len(run.dataset.splits()[split].labels.unique()) > 1:
+        advice = "try a lower --lr, --clip-grad 1 or --class-weights balanced"
+        warn_of(run, f"the model predicts the same class for every image; {advice}")
+
+
+def largest_gradient(run):
+    """What an error says of the last step's gradients: which has the largest element, of several infinite the last."""
+    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    if run.args.fsdp or not gradients:
+        return ""
+    sizes = torch.stack([gradient.abs().max() for gradient in gradients.values()])
+    sizes = sizes.nan_to_num(math.inf, posinf=math.inf).tolist()
+    size, _, name = max(zip(sizes, range(len(sizes)), gradients))
+    return f"; at step {run.sums['step']} the largest gradient was {size:.2g}, of {name}"
 
 
 def accuracy_text(result):
@@ -4043,7 +4042,7 @@ def accuracy_text(result):
 
 def write_log(path, history):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
@@ -4149,6 +4148,7 @@ def write_result(run, **measured):
         "split_seed": args["split_seed"],
         "val_accuracy": history[-1]["val_accuracy"],
         **measured,
+        **{name: count for name in NAN_COUNTS if (count := sum(row.get(name, 0) for row in history))},
         "weights": "raw" if run.evaluated_model is run.model else run.average.kind,
         "ranks": rank_and_ranks()[1],
         "precision": run.precision.amp,
@@ -4217,6 +4217,11 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
+def all_finite(weights):
+    """Whether no number in these tensors is infinite or NaN; waits for the device."""
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
 def image_shape(channels, size):
     """(C, H, W) of images; size is that of --image-size, a number of pixels or [height, width]."""
     return channels, *((size, size) if isinstance(size, int) else size)
@@ -4229,8 +4234,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len),
-    "ema": (dict[str, torch.Tensor] | None,),
+    "weights": (dict[str, torch.Tensor], len, all_finite),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -4251,10 +4256,16 @@ def is_of_kind(value, kind):
 
 
 def make_checkpoint(run):
-    """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types."""
+    """The state of a run (see training/run.py) at one moment, as a dict of tensors and plain Python types.
+
+    Raises UserError if a weight is not finite: such a run could not be resumed.
+    """
     weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
     if run.args.fsdp:
         weights, optimizer = gathered(weights), gathered(optimizer)
+    if not all_finite(weights):
+        where = f"{position(run.epoch, run.sums['step'])}; what was saved before is kept"
+        raise UserError(f"the weights are not finite {where}; try a lower --lr or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -4393,6 +4404,30 @@ def restore_training(checkpoint, run):
         run.sums["step"] = checkpoint["step"]
 
 
+# ---- training/records.py: Text that others may have written: results, plans, records of images, evaluations.
+
+LARGEST_TEXT = 64 * 2**20  # bytes of a file; the longest result has some thousand
+
+
+def read_text(path):
+    """The text of a file. Raises OSError or ValueError if it cannot be read, never ends, or is above LARGEST_TEXT."""
+    with open(regular_file(Path(path)), "rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it has more than {LARGEST_TEXT // 2**20} MiB")
+    return content.decode().replace("\r\n", "\n")
+
+
+def read_json(path):
+    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or its text no text."""
+    try:
+        value = json.loads(read_text(path))
+        json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half of a character, as in \\ud800
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return value
+
+
 # ---- training/folder.py: A run's folder: its name, what may lie there already, and a run that is replaced.
 
 CHECKPOINTS = ("last.pt", "last.prev.pt", "best.pt", "best_on_test.pt", "epoch-*.pt")
@@ -4428,7 +4463,7 @@ def choose_folder(given, *, default_name, default_dir):
         if not has_checkpoint(folder) and (folder / "result.json").exists():
             raise UserError(f"--resume auto: {folder} is finished, but has no last.pt; --overwrite alone replaces it")
         return folder, has_checkpoint(folder)
-    if is_taken(folder) and not given.keys() & {"overwrite", "summary", "find_lr"}:
+    if is_taken(folder) and not given.keys() & {"overwrite", "summary"}:
         if "run_name" in given:
             raise UserError(f"--run-name {folder.name}: {folder} exists; use --resume {folder}, or --overwrite")
         numbers = itertools.count(2)
@@ -4491,7 +4526,7 @@ def finished_result(folder, *, skip_test):
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result.get("test_accuracy", 0) is None and not skip_test:
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")
@@ -4502,7 +4537,6 @@ def finished_result(folder, *, skip_test):
 
 # ---- training/arguments.py: How the defaults, a recipe, the command line and a resumed run combine to the arguments of a run.
 
-NOT_WITH_FIND_LR = ("summary", "resume", "overwrite", "accumulate", "minutes", "skip_test", "log", "log_steps")
 HEADLESS = ("none", "identity", "depthwise", "sagan", "simple")  # --attention without heads
 # {flag: (when it has an effect, what it needs)}; given without that, it is refused
 EFFECT_CONDITIONS = {
@@ -4572,8 +4606,6 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     """
     began = time.monotonic()
     given = given_arguments(parser, argv)
-    if "find_lr" in given and (others := [name for name in NOT_WITH_FIND_LR if name in given]):
-        raise UserError(f"--find-lr and {as_flag(others[0])} exclude each other")
     recipe, defaults = chosen_recipe(given)
     start = Start(parser.prog, model_flags, began=began)
     if given.get("help") or given.get("help_all"):
@@ -4737,6 +4769,81 @@ class StepProfiler:
             print(f"warning: --profile needs {WAIT + MEASURED} steps in an epoch; no trace", file=sys.stderr)
 
 
+# ---- training/numerics.py: --on-nan: updates by a gradient that is not finite are skipped, or the run goes back to its last checkpoint.
+
+MOST_IN_A_ROW, MOST_ROLLBACKS = 20, 3
+COUNTED = ("loss", "correct", "images", "bad_step", "bad_lr")  # of new_sums: what a skipped step takes back
+
+
+def not_finite(run, detail, *, what="the loss is not finite"):
+    """The UserError that stops a run: at the first step whose loss was not finite, else at the present one."""
+    bad_step, bad_lr = run.sums["bad_step"].item(), run.sums["bad_lr"].item()
+    step, lr = (bad_step + 1, bad_lr) if bad_step >= 0 else (run.sums["step"], run.sums["lr"])
+    where = f"epoch {run.epoch + 1}, step {step}, learning rate {lr:.3g}{detail}"
+    return UserError(f"{what}: {where}; what was saved before is kept; try a lower --lr or --clip-grad 1")
+
+
+class SkippingScaler(torch.amp.GradScaler):
+    """The gradient scaler of --on-nan skip, for all precisions: it leaves out updates whose gradient is not finite.
+
+    Weights, optimiser, averages, buffers (BatchNorm's statistics) and the epoch's sums are then as before the step. In
+    float16 it scales as torch's does, else by 1, which changes no bit. It waits for the device in each step.
+    """
+
+    def __init__(self, run):
+        super().__init__(run.device.type, init_scale=1.0)
+        if run.precision.scaler.is_enabled():
+            self.load_state_dict(run.precision.scaler.state_dict())
+        self.run, self.in_a_row = run, 0
+        self.sums, self.buffers = None, copy.deepcopy(list(run.model.buffers()))  # before the step
+
+    def scale(self, loss):
+        if self.sums is None:  # a step's first batch, which is not yet added to the sums
+            self.sums = copy.deepcopy({name: self.run.sums[name] for name in COUNTED})
+        return super().scale(loss)
+
+    def update(self):
+        """Whether the update was left out. Raises UserError after MOST_IN_A_ROW of them."""
+        scale, sums, buffers = self.get_scale(), self.run.sums, list(self.run.model.buffers())
+        super().update()
+        skipped = self.get_scale() < scale
+        if self.run.precision.amp != "fp16":
+            super().update(scale)
+        if skipped:
+            sums.update(self.sums, skipped_updates=sums.get("skipped_updates", 0) + 1)
+            for buffer, before in zip(buffers, self.buffers, strict=True):
+                buffer.copy_(before)
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row == MOST_IN_A_ROW:
+            what = f"the gradient is not finite in {MOST_IN_A_ROW} updates in a row"
+            raise not_finite(self.run, largest_gradient(self.run), what=what)
+        self.sums, self.buffers = None, copy.deepcopy(buffers)
+        return skipped
+
+
+def roll_back(run, detail):
+    """Take weights, optimiser, averages and sums from last.pt; leave out the batches since then, and save.
+
+    So PaLM continued after a spike of its loss (Chowdhery et al. 2022, section 5.1). The schedule goes on. Raises
+    UserError if there is no checkpoint, and after MOST_ROLLBACKS.
+    """
+    path, sums = run.folder / "last.pt", run.sums
+    done = sum(counts.get("rollbacks", 0) for counts in [*run.history, sums])
+    if done == MOST_ROLLBACKS or not path.exists():
+        raise not_finite(run, f"{detail}; rolled back {done} times" if done else f"; there is no {path} yet")
+    checkpoint = open_checkpoint(path, run.device)
+    said = f"back to the weights {position(checkpoint['epoch'], checkpoint['step'])}, without the batches since then"
+    warn_of(run, f"the loss is not finite: epoch {run.epoch + 1}, step {sums['step']}: {said}")
+    kept = {"seconds": sums["seconds"], "rollbacks": sums.get("rollbacks", 0) + 1}
+    now = {"sums": checkpoint["sums"] | kept, "step": sums["step"], "schedule": run.schedule.state_dict()}
+    rates = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
+    sums.update(new_sums(run.device))
+    restore_training(checkpoint | now, run)
+    for group, values in zip(run.optimizer.param_groups, rates, strict=True):
+        group.update(values)
+    run.write()
+
+
 # ---- training/interrupt.py: What happens between two steps: the progress bar, saving by the clock, and stopping when asked to.
 
 class Interrupted(KeyboardInterrupt):
@@ -4806,16 +4913,17 @@ class Watch:
     """What train_one_epoch calls after each step of one epoch: `watch(sums)`; True asks it to stop.
 
     A few times per second it reads the sums from the device and shows them in a bar. Every --save-minutes it saves.
-    With --log-steps it notes each step, and reads their losses at these times.
-    With --profile it profiles the first epoch. Raises UserError, with the epoch, the step and the learning rate, if the
-    loss was not finite: at the next refresh, at the latest when the epoch ends, and before anything is saved.
+    With --log-steps it notes each step, and reads their losses at these times. With --profile it profiles the first
+    epoch. Raises UserError, with the epoch, the step, the learning rate and the parameter whose gradient was largest at
+    the last refresh, if the loss was not finite: at the next one, at the latest when the epoch ends, and before
+    anything is saved. With --on-nan rollback it looks after each step.
     """
 
     REFRESH_SECONDS = 0.4
 
     def __init__(self, run, steps_per_epoch, stop):
         self.run, self.stop = run, stop
-        self.profiler = None
+        self.profiler, self.largest = None, ""
         if run.args.profile and run.epoch == run.first_epoch and is_first_rank():
             self.profiler = StepProfiler(run.folder, run.device)
         self.last_step = self.last_refresh = time.monotonic()
@@ -4848,6 +4956,8 @@ class Watch:
             self.profiler.step()
         if self.run.log:
             self.run.log.note(sums)
+        if self.run.args.on_nan == "rollback" and any_rank(sums["bad_step"].item() >= 0)[0]:
+            roll_back(self.run, self.largest)
         if now - self.last_refresh > self.REFRESH_SECONDS:
             self.refresh(sums)
             self.last_refresh = now
@@ -4866,12 +4976,11 @@ class Watch:
         """Wait for the device; update the bar, or raise if the loss was not finite."""
         if self.run.log:
             self.run.log.fetch()
-        bad_step = sums["bad_step"].item()
-        if bad_step >= 0:
-            raise UserError(
-                f"the loss is not finite: epoch {self.run.epoch + 1}, step {bad_step + 1}, learning rate "
-                f"{sums['bad_lr'].item():.3g}; what was saved before is kept; try a lower --lr or --clip-grad 1"
-            )
+        if sums["bad_step"].item() >= 0:
+            raise not_finite(self.run, self.largest)
+        self.largest = largest_gradient(self.run)
+        if self.run.precision.scaler.get_scale() < 1:
+            warn_of(self.run, "the loss scale is below 1: float16 overflows in most updates; use --amp bf16 or off")
         loss, accuracy = loss_and_accuracy(sums)
         self.bar.set_postfix_str(f"loss {loss:.4f}" + ("" if accuracy is None else f", {accuracy:.1%}"), refresh=False)
         self.bar.update(sums["step"] - self.bar.n)
@@ -4940,7 +5049,7 @@ def read_record(folder):
     """What generate.py noted of the images in a folder, as a dict; empty if they are from elsewhere."""
     path = Path(folder, RECORD)
     try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
+        return {**read_json(path)} if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
@@ -5090,7 +5199,7 @@ class Run:
             self.extra_record = generator_record(self.args.extra_data, self.data_hashes)
         self.epoch, self.first_epoch, self.sums, self.history = 0, 0, new_sums(self.device), []
         self.log, self.log_id = None, None  # with --log or --log-steps a RunLog, and what the loggers know the run by
-        self.unwritten = {}  # checkpoints by the names of their files
+        self.unwritten, self.warnings = {}, set()  # checkpoints by the names of their files; what was warned of
         self.last_writing, self.writing_seconds = time.monotonic(), 0.0
         self.trained_at = time.monotonic()  # when the last step ended
 
@@ -5121,6 +5230,8 @@ class Run:
             check_same_images(checkpoint, self)
             restore_training(checkpoint, self)
             self.first_epoch = self.epoch
+        if self.args.on_nan == "skip":
+            self.precision.scaler = SkippingScaler(self)
         if (self.args.log or self.args.log_steps) and is_first_rank():
             self.log = RunLog(self)
         prepare_folder(self.folder, resuming=checkpoint is not None, start_log=self.log and self.log.start)
@@ -5185,11 +5296,12 @@ class Run:
             "images_per_second": sums["images"] / sums["seconds"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        for split, (loss, accuracy, *_) in {"train": loss_and_accuracy(sums), **scores}.items():
+        row |= {name: sums[name] for name in NAN_COUNTS if name in sums}
+        for split, (loss, accuracy, *logits) in {"train": loss_and_accuracy(sums), **scores}.items():
             if not math.isfinite(loss):
-                kept = f"{self.folder} holds what was saved before"
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {kept}")
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} is as before")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
+            warn_if_constant(self, split, *logits)
         self.history.append(row)
         if self.log:
             self.log.add(row)
@@ -5201,7 +5313,8 @@ class Run:
         if self.epoch in self.args.save_epochs:
             names.append(f"epoch-{self.epoch}.pt")
         waited = time.monotonic() - self.last_writing
-        due = any_rank(self.epoch == self.args.epochs or self.writing_seconds < WRITING_SHARE * waited)[0]
+        always = self.epoch == self.args.epochs or self.args.on_nan == "rollback"
+        due = any_rank(always or self.writing_seconds < WRITING_SHARE * waited)[0]
         if names:
             checkpoint = make_checkpoint(self)
             self.unwritten |= dict.fromkeys(names, checkpoint if due else copy.deepcopy(checkpoint))
@@ -5484,21 +5597,21 @@ def main(argv=None):
         batches=train,
         loss_function=make_loss(args, dataset, device),
         optimizer=optimizer,
+        schedule=schedule,
         precision=precision,
         seed=args.seed,
         accumulate=args.accumulate,
         clip_grad=args.clip_grad,
         clip_value=args.clip_value,
+        average=run.average,
     )
-    if args.find_lr:
-        return print_lr(run, train_epoch)
     run.begin(checkpoint)
 
     # Epochs
     with StopRequests(args.minutes, since=start.began) as stop, memory_watched(run):
         for epoch in run.remaining_epochs():
             with Watch(run, train.steps_per_epoch, stop) as watch:
-                train_epoch(schedule=schedule, epoch=epoch, sums=run.sums, average=run.average, after_step=watch)
+                train_epoch(epoch=epoch, sums=run.sums, after_step=watch)
             if stop.wanted():
                 return run.stop(stop)
             evaluate = partial(validate, model=run.model_to_evaluate(train), precision=precision)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY, same_weights, write_images
@@ -131,14 +132,16 @@ def test_two_ranks_that_are_killed(tmp_path, tried):
 
     def ranks(name):
         flags = ["run", "--out-dir", tmp_path / name]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([*map(str, [*command, *flags])], env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
 
     assert ranks("alone").wait(300) == 0
     for _ in range(5):
         process = ranks("killed")
         time.sleep(moments.uniform(10, 25))
-        os.killpg(process.pid, signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
         tried("kill -9 of two ranks of torchrun")
     assert ranks("killed").wait(300) == 0

@@ -1,6 +1,8 @@
 """Long runs: memory, open files and the time of an epoch stay as they were, and the curves cost no more."""
 
+import csv
 import re
+import statistics
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,38 +15,32 @@ from training.outputs import COLUMNS, draw_curves
 pytest.importorskip("fcntl")
 from harmed import started  # noqa: E402
 
-CLOCK = 100  # ticks of /proc/PID/stat per second
+
+def usage(pid):
+    """(bytes of memory, number of open files) of a process."""
+    place = Path("/proc", str(pid))
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", (place / "status").read_text())[1]), len([*(place / "fd").iterdir()])
 
 
-class Usage:
-    """What a process has used when it has come so far: epochs, seconds of the CPU, bytes of memory, open files."""
-
-    def __init__(self, process, output):
-        place = Path("/proc", str(process.pid))
-        self.epochs = int(re.findall(r"^epoch +(\d+)/", output.read_text(), re.M)[-1])
-        self.seconds = sum(map(int, (place / "stat").read_text().rpartition(")")[2].split()[11:13])) / CLOCK
-        self.memory = 1024 * int(re.search(r"VmRSS:\s+(\d+)", (place / "status").read_text())[1])
-        self.files = len([*(place / "fd").iterdir()])
-
-
-def usage_of_run(folder, *more, epochs, size):
-    """The Usage of a run of train_vit.py after a quarter, a half and almost all of its epochs."""
+def long_run(folder, *more, epochs, size):
+    """A run of train_vit.py: its usage after half of its epochs and at the end, and the seconds of each epoch."""
     write_images(folder / "pets", count=20, size=(size, size))
     flags = ["--dataset", "folder", "--data-dir", folder / "pets", "--cache-dir", folder / "cache", *TINY, *more]
-    output = folder / "output.txt"
+    output, found = folder / "output.txt", []
+    output.touch()
     process = started("train_vit", [*flags, "--epochs", epochs, "--out-dir", folder / "runs"], output)
-    found = []
     try:
-        for share in (0.25, 0.5, 0.75, 0.98):
-            while f"\nepoch {round(share * epochs):{len(str(epochs))}}/" not in output.read_text():
+        for epoch in (epochs // 2, epochs * 49 // 50):
+            while f"\nepoch {epoch:{len(str(epochs))}}/" not in output.read_text():
                 assert process.is_alive(), output.read_text()[-1000:]
-                time.sleep(0.1)
-            found.append(Usage(process, output))
+                time.sleep(0.05)
+            found.append(usage(process.pid))
         process.join()
     finally:
         process.kill()
     assert process.exitcode == 0 and len(output.read_text().splitlines()) < epochs + 30
-    return found
+    with open(folder / "runs" / "vit" / "log.csv", newline="") as file:
+        return *found, [float(row["seconds"]) for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow
@@ -60,11 +56,20 @@ def usage_of_run(folder, *more, epochs, size):
     ],
 )
 def test_a_long_run_uses_no_more_in_the_end(tmp_path, what, epochs, more, tried):
-    first, second, third, last = usage_of_run(tmp_path, *more, epochs=epochs, size=72 if "workers" in what else 16)
-    before, after = ((b.seconds - a.seconds) / (b.epochs - a.epochs) for a, b in ((first, second), (third, last)))
-    drift = {"time of an epoch (%)": 100 * (after / before - 1), "memory (%)": 100 * (last.memory / second.memory - 1)}
-    tried(what, **{name: round(value, 1) for name, value in drift.items()}, open_files=last.files - second.files)
-    assert max(drift.values()) < 5 and last.files == second.files, drift
+    """The median of five runs: the speed of the machine itself changes by some 10 % within a minute."""
+    drifts, more_open = {"time of an epoch (%)": [], "memory (%)": []}, []
+    for number in range(5):
+        size = 72 if "workers" in what else 16
+        (memory, files), (last_memory, last_files), seconds = long_run(
+            tmp_path / f"{number}", *more, epochs=epochs, size=size
+        )
+        second, fourth = (statistics.median(seconds[i * epochs // 4 : (i + 1) * epochs // 4]) for i in (1, 3))
+        for name, ratio in zip(drifts, (fourth / second, last_memory / memory)):
+            drifts[name].append(100 * (ratio - 1))
+        more_open.append(last_files - files)
+    drift = {name: round(statistics.median(values), 1) for name, values in drifts.items()}
+    tried(what, 5, **drift, **{"open files more": max(more_open)})
+    assert max(drift.values()) < 5 and max(more_open) <= 2, (drifts, more_open)  # a file that is being written
 
 
 def test_curves_of_many_epochs_cost_no_more_than_twice(tmp_path):
