@@ -275,11 +275,6 @@ def kill_and_resume(tmp_path, *, kills, flags, seconds, script="train_vit.py"):
     return tmp_path / "alone" / "last.pt", tmp_path / "killed" / "last.pt"
 
 
-def test_killed_twice_and_resumed_the_weights_are_the_same(tmp_path):
-    flags = ["--dataset", "shapes", "--epochs", "2", "--embed-dim", "48", "--depth", "3"]
-    assert same_weights(*kill_and_resume(tmp_path, kills=2, flags=flags, seconds=(4, 6)))
-
-
 @pytest.mark.slow
 def test_killed_ten_times_and_resumed_the_weights_are_the_same(tmp_path):
     flags = ["--dataset", "shapes", "--epochs", "6"]

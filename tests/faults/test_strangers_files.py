@@ -218,7 +218,7 @@ def kinds(place):
         "checkpoints": ("last.pt", archives | values, lambda path: rebuild_model(load_checkpoint(path), build_model)),
         "runs": ("last.pt", values, resume),
         "weights": ("a.pt", archives, start),
-        "arrays": ("a.safetensors", damaged([arrays]), start),
+        "safetensors": ("a.safetensors", damaged([arrays]), start),
         "results": ("a.json", as_json(result), lambda path: compare.main(["--results", str(path.parent)])),
         "finished runs": ("result.json", as_json(result), lambda path: compare.main([str(path.parent)])),
         "evaluations": ("a.json", as_json(evaluation), lambda path: compare.main(["--maps", str(path)])),
@@ -233,7 +233,7 @@ def kinds(place):
     }
 
 
-MANY = dict.fromkeys(("checkpoints", "weights", "arrays", "evaluations", "records", "shards", "caches"), 1000)
+MANY = dict.fromkeys(("checkpoints", "weights", "safetensors", "evaluations", "records", "shards", "caches"), 1000)
 MANY |= {"images": 4000, "runs": 150, "plans": 1000, "results": 1000, "finished_runs": 500}
 FEW = {"runs": 3, "plans": 10}
 
