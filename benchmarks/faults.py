@@ -37,6 +37,7 @@ def main(argv=None):
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "tried")
+        log.touch()
         command = [sys.executable, "-m", "pytest", "tests/faults", "-m", "slow or not slow"]
         if subprocess.run(command, env=os.environ | {"FAULTS_LOG": str(log)}).returncode:
             raise UserError("a test of tests/faults failed, or the folder is not here: no table")

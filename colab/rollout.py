@@ -1510,6 +1510,8 @@ def open_image(path):
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 
@@ -2367,10 +2369,10 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # what a damaged file raises is open-ended
-        raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
+        raise UserError(f"--data-dir: a shard cannot be read ({str(error) or type(error).__name__})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")
 
@@ -2667,6 +2669,8 @@ def explained(error, run):
     if "more than 1 value per channel" in str(error):
         said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
         return UserError(f"--batch-size {run.args.batch_size}: {said}")
+    if "DataLoader worker" in str(error):  # raised wherever the main thread is, by a signal handler of torch's
+        return UserError("one of the --workers that decode images was killed; if memory was used up, fewer take less")
     if "does not have a deterministic implementation" in str(error):
         return UserError(f"--deterministic: {str(error).splitlines()[0]}")
     if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
@@ -2994,9 +2998,13 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
-def all_finite(weights):
-    """Whether no number in these tensors is infinite or NaN; waits for the device."""
-    return all(bool(weight.isfinite().all()) for weight in weights.values())
+def all_finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def finite_weights(weights):
+    """Whether no weight or bias of a state dict is infinite or NaN, as a mask in it may be."""
+    return all_finite(weight for name, weight in weights.items() if name.endswith(("weight", "bias")))
 
 
 def image_shape(channels, size):
@@ -3011,8 +3019,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len, all_finite),
-    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
+    "weights": (dict[str, torch.Tensor], len, finite_weights),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or finite_weights(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -3041,7 +3049,7 @@ def open_checkpoint(path, device="cpu"):
         value = checkpoint.get(name, ...) if isinstance(checkpoint, dict) else ...
         if not is_of_kind(value, kind) or not all(holds(value) for holds in conditions):
             what = "no checkpoint of this project, or one of another version of it"
-            raise UserError(f"{path} is {what}: its {name} is missing or makes no sense")
+            raise UserError(f"{path} is {what}: {name} is missing, not finite or makes no sense")
     return checkpoint
 
 
@@ -3117,7 +3125,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or its text no text."""
+    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or is not valid UTF-8."""
     try:
         value = json.loads(read_text(path))
         json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half of a character, as in \\ud800

@@ -1057,15 +1057,10 @@ def batches_by_workers(crops, device, workers):
 
     def stream(keys):
         pending[:] = keys
-        try:
-            for batch in loader:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"one of {workers} --workers was killed; if memory was used up, fewer take less") from error
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     return stream
 
@@ -1083,6 +1078,8 @@ def open_image(path):
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 
@@ -2330,10 +2327,10 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # what a damaged file raises is open-ended
-        raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
+        raise UserError(f"--data-dir: a shard cannot be read ({str(error) or type(error).__name__})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")
 
@@ -2771,7 +2768,7 @@ def any_rank(*flags):
 
 
 def warn_of(run, text):
-    """Print a warning on stderr, of each text one per run."""
+    """Print a warning on stderr, each text once per run."""
     if text not in run.warnings and rank_and_ranks()[0] == 0:
         print(f"warning: {text}", file=sys.stderr)
     run.warnings.add(text)
@@ -2893,6 +2890,8 @@ def explained(error, run):
     if "more than 1 value per channel" in str(error):
         said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
         return UserError(f"--batch-size {run.args.batch_size}: {said}")
+    if "DataLoader worker" in str(error):  # raised wherever the main thread is, by a signal handler of torch's
+        return UserError("one of the --workers that decode images was killed; if memory was used up, fewer take less")
     if "does not have a deterministic implementation" in str(error):
         return UserError(f"--deterministic: {str(error).splitlines()[0]}")
     if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):
@@ -3465,9 +3464,9 @@ def train_one_epoch(
 
     forward stands in place of the model itself, if it is compiled or shared (see compiled_forward). loss_function is
     called as classification_loss is. A step is one update of the weights, by the gradient of so many batches (see
-    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements.
-    average is a WeightAverage, which follows each update. after_step(sums) is called after each step, and ends the
-    epoch early by returning True. Nothing here waits for the device, except an average and, in float16, Muon.
+    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements. average is a WeightAverage,
+    which follows each update. after_step(sums) is called after each step, and ends the epoch early by returning True.
+    Nothing here waits for the device, except an average, --on-nan skip and, in float16, Muon.
     """
     model.train()
     forward = forward or model
@@ -3996,9 +3995,13 @@ def with_own_class(model_args, given):
 FORMAT_VERSION = 1
 
 
-def all_finite(weights):
-    """Whether no number in these tensors is infinite or NaN; waits for the device."""
-    return all(bool(weight.isfinite().all()) for weight in weights.values())
+def all_finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def finite_weights(weights):
+    """Whether no weight or bias of a state dict is infinite or NaN, as a mask in it may be."""
+    return all_finite(weight for name, weight in weights.items() if name.endswith(("weight", "bias")))
 
 
 def image_shape(channels, size):
@@ -4013,8 +4016,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len, all_finite),
-    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
+    "weights": (dict[str, torch.Tensor], len, finite_weights),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or finite_weights(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -4042,9 +4045,8 @@ def make_checkpoint(run):
     weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
     if run.args.fsdp:
         weights, optimizer = gathered(weights), gathered(optimizer)
-    if not all_finite(weights):
-        where = f"{position(run.epoch, run.sums['step'])}; what was saved before is kept"
-        raise UserError(f"the weights are not finite {where}; try a lower --lr or --clip-grad 1")
+    if not all_finite(run.model.parameters()):
+        raise UserError(f"the weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -4086,7 +4088,7 @@ def open_checkpoint(path, device="cpu"):
         value = checkpoint.get(name, ...) if isinstance(checkpoint, dict) else ...
         if not is_of_kind(value, kind) or not all(holds(value) for holds in conditions):
             what = "no checkpoint of this project, or one of another version of it"
-            raise UserError(f"{path} is {what}: its {name} is missing or makes no sense")
+            raise UserError(f"{path} is {what}: {name} is missing, not finite or makes no sense")
     return checkpoint
 
 
@@ -4198,7 +4200,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or its text no text."""
+    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or is not valid UTF-8."""
     try:
         value = json.loads(read_text(path))
         json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half of a character, as in \\ud800
@@ -4299,14 +4301,14 @@ def prepare_folder(folder, *, resuming, start_log=None):
             below.rmdir()
 
 
-def finished_result(folder, *, skip_test):
-    """A finished run's results, printed and returned; None if it is not finished, or if its test is still to come."""
+def finished_result(folder, epoch, *, skip_test):
+    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come (again)."""
     path = folder / "result.json"
     if not path.exists():
         return None
     try:
         result = read_json(path)
-        if result.get("test_accuracy", 0) is None and not skip_test:
+        if epoch < result.get("epochs", 0) or (result.get("test_accuracy", 0) is None and not skip_test):
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -4406,7 +4408,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
-    if result := finished_result(folder, skip_test=given.get("skip_test")):
+    if result := finished_result(folder, checkpoint["epoch"], skip_test=given.get("skip_test")):
         return start._replace(result=result)
     return start._replace(args=args, folder=folder, checkpoint=checkpoint)
 
@@ -5078,7 +5080,7 @@ class Run:
         row |= {name: sums[name] for name in NAN_COUNTS if name in sums}
         for split, (loss, accuracy, *logits) in {"train": loss_and_accuracy(sums), **scores}.items():
             if not math.isfinite(loss):
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} is as before")
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite: lower --lr, or --clip-grad 1")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
             warn_if_constant(self, split, *logits)
         self.history.append(row)

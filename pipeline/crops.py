@@ -182,14 +182,9 @@ def batches_by_workers(crops, device, workers):
 
     def stream(keys):
         pending[:] = keys
-        try:
-            for batch in loader:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"one of {workers} --workers was killed; if memory was used up, fewer take less") from error
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     return stream

@@ -25,6 +25,8 @@ def open_image(path):
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file raises is open-ended
         raise UserError(f"{path} cannot be decoded as an image ({str(error) or type(error).__name__})") from error
 

@@ -70,10 +70,10 @@ def read_shards(urls, classes):
             member = Member(sample[ending[1:]])
             member.name = name + ending
             yield member, int(label)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # what a damaged file raises is open-ended
-        raise UserError(f"--data-dir: a shard cannot be read ({error})") from error
+        raise UserError(f"--data-dir: a shard cannot be read ({str(error) or type(error).__name__})") from error
     if not sample:
         raise UserError(f"--data-dir: {urls[0]} holds no images")
 

@@ -105,7 +105,7 @@ def start_run(parser, argv, *, chosen_recipe, model_flags):
     if checkpoint["model"].partition(":")[0] not in model_flags:
         raise UserError(f"--resume {folder}: {start.script} does not train the model there, {checkpoint['model']}")
     args = resumed_arguments(parser, given, checkpoint, folder)
-    if result := finished_result(folder, skip_test=given.get("skip_test")):
+    if result := finished_result(folder, checkpoint["epoch"], skip_test=given.get("skip_test")):
         return start._replace(result=result)
     return start._replace(args=args, folder=folder, checkpoint=checkpoint)
 

@@ -16,9 +16,13 @@ from training.ranks import ADDED_BY_RANK, sums_of_all_ranks
 FORMAT_VERSION = 1
 
 
-def all_finite(weights):
-    """Whether no number in these tensors is infinite or NaN; waits for the device."""
-    return all(bool(weight.isfinite().all()) for weight in weights.values())
+def all_finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def finite_weights(weights):
+    """Whether no weight or bias of a state dict is infinite or NaN, as a mask in it may be."""
+    return all_finite(weight for name, weight in weights.items() if name.endswith(("weight", "bias")))
 
 
 def image_shape(channels, size):
@@ -33,8 +37,8 @@ FIELDS = {  # what a checkpoint holds: {name: (its type, what is true of a sensi
     "image_size": (int | list[int], lambda n: len(s := image_shape(1, n)) == 3 and 0 < min(s) <= max(s) <= 10_000),
     "mean": (list[float], lambda mean: len(mean) in (1, 3)),
     "std": (list[float], lambda std: len(std) in (1, 3) and min(std) > 0),
-    "weights": (dict[str, torch.Tensor], len, all_finite),
-    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or all_finite(weights)),
+    "weights": (dict[str, torch.Tensor], len, finite_weights),
+    "ema": (dict[str, torch.Tensor] | None, lambda weights: not weights or finite_weights(weights)),
     **dict.fromkeys(("model_args", "optimizer", "scaler"), (dict[str, object],)),
     "schedule": (dict[str, object], lambda s: {type(s.get(k, 0)) for k in ("last_epoch", "_step_count")} == {int}),
     "seed": (int,),
@@ -64,9 +68,8 @@ def make_checkpoint(run):
         from training.sharding import gathered  # only if it is asked for
 
         weights, optimizer = gathered(weights), gathered(optimizer)
-    if not all_finite(weights):
-        where = f"{position(run.epoch, run.sums['step'])}; what was saved before is kept"
-        raise UserError(f"the weights are not finite {where}; try a lower --lr or --clip-grad 1")
+    if not all_finite(run.model.parameters()):
+        raise UserError(f"the weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -108,7 +111,7 @@ def open_checkpoint(path, device="cpu"):
         value = checkpoint.get(name, ...) if isinstance(checkpoint, dict) else ...
         if not is_of_kind(value, kind) or not all(holds(value) for holds in conditions):
             what = "no checkpoint of this project, or one of another version of it"
-            raise UserError(f"{path} is {what}: its {name} is missing or makes no sense")
+            raise UserError(f"{path} is {what}: {name} is missing, not finite or makes no sense")
     return checkpoint
 
 

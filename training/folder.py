@@ -101,8 +101,8 @@ def prepare_folder(folder, *, resuming, start_log=None):
             below.rmdir()
 
 
-def finished_result(folder, *, skip_test):
-    """A finished run's results, printed and returned; None if it is not finished, or if its test is still to come."""
+def finished_result(folder, epoch, *, skip_test):
+    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come (again)."""
     path = folder / "result.json"
     if not path.exists():
         return None
@@ -110,7 +110,7 @@ def finished_result(folder, *, skip_test):
 
     try:
         result = read_json(path)
-        if result.get("test_accuracy", 0) is None and not skip_test:
+        if epoch < result.get("epochs", 0) or (result.get("test_accuracy", 0) is None and not skip_test):
             return None
         print(f"{folder} is finished: {accuracy_text(result)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,6 +17,8 @@ def explained(error, run):
     if "more than 1 value per channel" in str(error):
         said = "BatchNorm cannot learn from a last batch of one image; use --drop-last or another --batch-size"
         return UserError(f"--batch-size {run.args.batch_size}: {said}")
+    if "DataLoader worker" in str(error):  # raised wherever the main thread is, by a signal handler of torch's
+        return UserError("one of the --workers that decode images was killed; if memory was used up, fewer take less")
     if "does not have a deterministic implementation" in str(error):
         return UserError(f"--deterministic: {str(error).splitlines()[0]}")
     if rank_and_ranks()[1] > 1 and re.search("gloo|nccl", f"{type(error)} {error}", re.IGNORECASE):

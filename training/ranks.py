@@ -79,7 +79,7 @@ def any_rank(*flags):
 
 
 def warn_of(run, text):
-    """Print a warning on stderr, of each text one per run."""
+    """Print a warning on stderr, each text once per run."""
     if text not in run.warnings and rank_and_ranks()[0] == 0:
         print(f"warning: {text}", file=sys.stderr)
     run.warnings.add(text)

@@ -18,7 +18,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or its text no text."""
+    """The value in a JSON file. Raises OSError or ValueError, also if it is nested too deep or is not valid UTF-8."""
     try:
         value = json.loads(read_text(path))
         json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half of a character, as in \\ud800

@@ -168,7 +168,7 @@ class Run:
         row |= {name: sums[name] for name in NAN_COUNTS if name in sums}
         for split, (loss, accuracy, *logits) in {"train": loss_and_accuracy(sums), **scores}.items():
             if not math.isfinite(loss):
-                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite; {self.folder} is as before")
+                raise UserError(f"the {split} loss of epoch {row['epoch']} is not finite: lower --lr, or --clip-grad 1")
             row[f"{split}_loss"], row[f"{split}_accuracy"] = loss, accuracy
             warn_if_constant(self, split, *logits)
         self.history.append(row)

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from errors import run_script
@@ -20,7 +21,7 @@ class Fault(NamedTuple):
     """What happens to the operations that write below a folder: open, write, fsync, rename, and so on.
 
     Before operation number `at`, counted from 0, the process kills itself with -9, or if `error` is given (an errno),
-    this operation raises it, and if `lasting` so does each one after it. All are noted in the file `log`, one a line,
+    this operation raises it, and if `lasting` so does each one after it. All are noted in the file `log`, one per line,
     and each fsync takes so many seconds.
     """
 
@@ -71,7 +72,7 @@ class Fault(NamedTuple):
 
         real_open, real_fsync = builtins.open, os.fsync
         builtins.open = open_harmed
-        for name in ("replace", "mkdir", "unlink", "truncate"):
+        for name in ("replace", "mkdir", "unlink"):
             setattr(os, name, harm(name, getattr(os, name)))
 
         def fsync(file):
@@ -85,6 +86,7 @@ class Fault(NamedTuple):
 def call(script, argv, output, fault):
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    multiprocessing.set_start_method(None, force=True)  # the system's own, as for a user, not that of this process
     if fault:
         fault.install()
     run_script(partial(importlib.import_module(script).main, list(map(str, argv))))
@@ -95,3 +97,8 @@ def started(script, argv, output, fault=None):
     process = PROCESSES.Process(target=call, args=(script, argv, str(output), fault))
     process.start()
     return process
+
+
+def children(pid):
+    """The ids of the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from conftest import TINY, write_images
@@ -17,7 +16,7 @@ from data import load_dataset
 from training.checkpoint import load_checkpoint
 
 pytest.importorskip("fcntl")
-from harmed import Fault, started  # noqa: E402
+from harmed import Fault, children, started  # noqa: E402
 
 
 class Run:
@@ -62,24 +61,15 @@ def test_a_folder_that_goes_is_one_line(tmp_path, tried):
     tried("the run's folder is removed")
 
 
-def is_worker_of(pid, other):
-    """Whether a process decodes images for another one, which started it through a server of forks."""
-
-    def parent(of):
-        return int(re.search(r"PPid:\t(\d+)", Path(f"/proc/{of}/status").read_text())[1])
-
-    return "pt_data_worker" in Path(f"/proc/{other}/comm").read_text() and parent(parent(other)) == pid
-
-
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_is_one_line(tmp_path, workers, tried):
     run = Run(tmp_path, "--image-size", "72", "--patch-size", "8", "--cache-gib", "0", "--workers", workers)
     assert run.wait(run.saved)
-    found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_worker_of(run.process.pid, path.name)]
+    found = children(run.process.pid)
     assert len(found) == workers
     os.kill(found[0], signal.SIGKILL)
     code, line = run.end()
-    assert code == 2 and re.match(rf"error: one of {workers} --workers was killed", line), line
+    assert code == 2 and re.match("error: one of the --workers that decode images was killed", line), line
     load_checkpoint(run.folder)
     tried("a data worker is killed")
 

@@ -50,6 +50,16 @@ def test_a_damaged_result_is_named(text, run, capsys):
     assert "result.json is left out" in capsys.readouterr().err
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_ends_once_more(folder_flags, tmp_path):
+    folder = tmp_path / "runs" / "vit"
+    result = train_vit.main(folder_flags)
+    whole = load_checkpoint(folder)["weights"]
+    (folder / "last.pt").write_bytes(b"PK")
+    again = train_vit.main(["--resume", str(folder)])
+    weights = load_checkpoint(folder)["weights"]
+    assert all(weights[name].equal(whole[name]) for name in whole) and again["test_accuracy"] == result["test_accuracy"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"PK\x03\x04 and no more"])
 def test_a_damaged_best_checkpoint_is_named(content, run):
     (run / "best.pt").write_bytes(content)
@@ -89,9 +99,9 @@ def test_of_a_damaged_checkpoint_the_one_before_is_opened(cuts, flips, run, tmp_
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format_version": 99}, "another version of it: its format_version"),
+        ({"format_version": 99}, "another version of it: format_version"),
         ({"weights": {"w": torch.zeros(3)}}, "do not fit"),
-        ({"weights": {"w": torch.tensor([0, torch.nan])}}, "its weights is missing or makes no sense"),
+        ({"weights": {"weight": torch.tensor([0, torch.nan])}}, "weights is missing, not finite or makes no sense"),
         ({"model_args": {"embed_dim": 32, "depth": 1, "num_heads": 1}}, "do not fit"),
     ],
 )
