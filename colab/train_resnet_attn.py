@@ -3685,8 +3685,8 @@ def train_one_epoch(
 
     forward stands in place of the model itself, if it is compiled or shared (see compiled_forward). loss_function is
     called as classification_loss is. A step is one update of the weights, by the gradient of so many batches (see
-    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements. average is a WeightAverage,
-    which follows each update. after_step(sums) is called after each step, and ends the epoch early by returning True.
+    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements. average, a WeightAverage,
+    follows each update. after_step(sums) is called after each step, and ends the epoch early by returning True.
     Nothing here waits for the device, except an average, --on-nan skip and, in float16, Muon.
     """
     model.train()
@@ -4267,7 +4267,7 @@ def make_checkpoint(run):
     if run.args.fsdp:
         weights, optimizer = gathered(weights), gathered(optimizer)
     if not all_finite(run.model.parameters()):
-        raise UserError(f"the weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
+        raise UserError(f"weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,
@@ -4523,7 +4523,7 @@ def prepare_folder(folder, *, resuming, start_log=None):
 
 
 def finished_result(folder, epoch, *, skip_test):
-    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come (again)."""
+    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come."""
     path = folder / "result.json"
     if not path.exists():
         return None

@@ -69,7 +69,7 @@ def make_checkpoint(run):
 
         weights, optimizer = gathered(weights), gathered(optimizer)
     if not all_finite(run.model.parameters()):
-        raise UserError(f"the weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
+        raise UserError(f"weights are not finite {position(run.epoch, run.sums['step'])}: lower --lr, or --clip-grad 1")
     return {
         "format_version": FORMAT_VERSION,
         "model": run.args.model,

@@ -102,7 +102,7 @@ def prepare_folder(folder, *, resuming, start_log=None):
 
 
 def finished_result(folder, epoch, *, skip_test):
-    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come (again)."""
+    """A finished run's results, printed and returned; None if its test, or what follows this epoch, is to come."""
     path = folder / "result.json"
     if not path.exists():
         return None

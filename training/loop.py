@@ -63,8 +63,8 @@ def train_one_epoch(
 
     forward stands in place of the model itself, if it is compiled or shared (see compiled_forward). loss_function is
     called as classification_loss is. A step is one update of the weights, by the gradient of so many batches (see
-    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements. average is a WeightAverage,
-    which follows each update. after_step(sums) is called after each step, and ends the epoch early by returning True.
+    batches_per_step). clip_grad limits the gradient's norm, clip_value each of its elements. average, a WeightAverage,
+    follows each update. after_step(sums) is called after each step, and ends the epoch early by returning True.
     Nothing here waits for the device, except an average, --on-nan skip and, in float16, Muon.
     """
     model.train()
